@@ -1,0 +1,1 @@
+"""Robot adapters: a dict of strings in actors/main.py names them."""

@@ -1,0 +1,1 @@
+"""The mathematics: policies and losses. No sockets, files, clocks or logging."""

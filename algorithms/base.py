@@ -1,0 +1,80 @@
+"""The Algorithm contract. ``learner/loop.py`` drives it without knowing which one it is:
+
+    batch = algorithm.prepare(sampler.batch(algorithm.needs, step))
+    for part in algorithm.parts: engine.update(part, algorithm.loss(part, micro) for micro in batch)
+    algorithm.after_step(step, stats)
+    publish(algorithm.acting())
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fleet.batch import BatchNeeds
+
+
+@dataclasses.dataclass
+class Batch:
+    """Windows of steps.
+
+    obs: feature and condition name -> (B, ...). actions_BHA: executed actions. mask_BH: 1 where the action belongs
+    to the window (same episode, same group of sources, no takeover in between). source_B: fleet.robot.Source.
+    task_B: index into the task catalogue.
+    """
+
+    obs: dict[str, Tensor]
+    actions_BHA: Tensor
+    mask_BH: Tensor
+    source_B: Tensor
+    task_B: Tensor
+
+
+@dataclasses.dataclass
+class Part:
+    """One trained module with its optimizer's settings."""
+
+    module: nn.Module
+    make_optimizer: Any  # callable: parameters -> torch.optim.Optimizer
+
+
+@dataclasses.dataclass
+class LossOutput:
+    """sum and weight: the engine divides the summed loss by the summed weight. per_sample_B: for samplers."""
+
+    sum: Tensor
+    weight: Tensor
+    per_sample_B: Tensor
+    stats: dict[str, Tensor]
+
+
+class Algorithm(Protocol):
+    """See the header. ``name`` is its key in ``learner.main.ALGORITHMS``."""
+
+    name: str
+    parts: dict[str, Part]
+    frozen: dict[str, nn.Module]
+    needs: BatchNeeds
+
+    def prepare(self, batch: Batch) -> Batch: ...
+
+    def loss(self, part: str, micro: Batch) -> LossOutput: ...
+
+    def after_step(self, step: int, stats: Mapping[str, float]) -> None: ...
+
+    def acting(self) -> nn.Module:
+        """What is published."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """Randomness as a function of (seed, step, stream): a resumed run draws what the first one would have drawn."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 97 + stream)

@@ -1,0 +1,1 @@
+"""Policy families. Each implements algorithms/policies/base.py."""

@@ -1,0 +1,47 @@
+"""Facts of a run, one JSON object a line, from which the live view and the report are made.
+
+A journal is for people: it is written without fsync and nothing depends on it. Every line has ``time_ns`` and
+``kind``. Kinds, by the process that writes them:
+
+gateway: ``durable`` (robot, boot, seq, latency_ms: one number a step, executed -> fsynced), ``episode`` (robot, boot,
+    episode_id, task, outcome, judge, length, operator_steps, source, first_version, last_version), ``member`` (robot,
+    event: joined | left | lost), ``loaded`` (robot, version, latency_ms: published -> in the robot's policy),
+    ``refused`` (robot, error)
+learner: ``sampleable`` (robot, seq, latency_ms: one number a step, executed -> in the sampler), ``update`` (step, loss,
+    updates_per_s), ``published`` (version, step), ``checkpoint`` (step), ``resumed`` (step, version), ``waiting`` (why)
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class Journal:
+    """Appends to one file. One process a file."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, kind: str, **fields: Any) -> None:
+        self._file.write(json.dumps({"time_ns": time.time_ns(), "kind": kind, **fields}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """All whole lines of a journal; a torn last line is left out, a missing file is empty."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError:
+                    continue

@@ -1,0 +1,255 @@
+"""What is recorded: the Arrow schemas of a fragment's four tables, and its bytes.
+
+A fragment's payload is one Arrow IPC stream a table, each starting at a multiple of 64 bytes, so that a reader
+can map a segment file and use the columns where they lie. The stream carries its schema: data of an older spec
+stays readable. The header of the FRAGMENT message names the tables and their lengths in order: ``{"steps": 4096}``.
+
+Shape suffixes: A action dims, H chunk length, T decisions of a chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fleet.errors import FragmentRefused
+from fleet.spec import ACTION, Feature, RobotSpec
+
+TABLES = ("steps", "chunks", "episodes", "labels")
+ALIGNMENT = 64
+MAX_ROWS = 100_000
+REPLAY_PREFIX = "replay."
+
+_STEP_HEAD: list[tuple[str, pa.DataType]] = [
+    ("robot_id", pa.string()),
+    ("boot_id", pa.string()),
+    ("episode_id", pa.int64()),  # counts up within a boot
+    ("frame_index", pa.int32()),  # counts up from 0 within an episode
+    ("time_ns", pa.int64()),  # robot's wall clock when the action was sent
+    ("mono_ns", pa.int64()),  # robot's monotonic clock at the same instant
+    ("task", pa.string()),
+    ("source", pa.uint8()),  # fleet.robot.Source
+    ("operator_id", pa.string()),  # "" when nobody had taken over
+    ("intervention", pa.bool_()),  # an operator acted inside a policy episode
+    ("chunk_id", pa.int64()),  # the policy call that proposed this step, -1 for none
+    ("chunk_index", pa.int16()),  # which of its H actions, -1 for none
+    ("next.reward", pa.float32()),
+    ("next.terminated", pa.bool_()),
+    ("next.truncated", pa.bool_()),
+]
+
+CHUNKS = pa.schema(
+    [
+        ("episode_id", pa.int64()),
+        ("chunk_id", pa.int64()),
+        ("frame_index", pa.int32()),  # of the observation that it was computed from
+        ("policy_version", pa.int64()),
+        ("latency_ms", pa.float32()),
+        ("horizon", pa.int16()),
+        ("actions_HA", pa.list_(pa.float32())),  # as proposed, row-major
+        ("log_prob_T", pa.list_(pa.float32())),  # empty where the family has no density
+    ]
+)
+EPISODES = pa.schema(
+    [
+        ("episode_id", pa.int64()),
+        ("event", pa.string()),  # "opened", "closed" or "dropped"
+        ("time_ns", pa.int64()),
+        ("task", pa.string()),
+        ("instruction", pa.string()),
+        ("seed", pa.int64()),  # of the reset, -1 for none
+        ("reset_state_id", pa.string()),
+        ("group_id", pa.string()),
+        ("outcome", pa.string()),  # "" when opened; "success", "failure", "unknown" or "aborted" when closed
+        ("judge", pa.string()),  # who said so
+        ("length", pa.int32()),  # steps; -1 when opened
+        ("first_version", pa.int64()),  # policy versions that acted, -1 for none
+        ("last_version", pa.int64()),
+    ]
+)
+LABELS = pa.schema(
+    [
+        ("robot_id", pa.string()),
+        ("boot_id", pa.string()),
+        ("episode_id", pa.int64()),
+        ("field", pa.string()),
+        ("value", pa.string()),
+        ("judge", pa.string()),
+        ("time_ns", pa.int64()),
+    ]
+)
+
+
+def feature_type(feature: Feature) -> pa.DataType:
+    """Arrow type of one value: encoded images are binary, all else a flat fixed-size list, row-major."""
+    if feature.codec != "raw":
+        return pa.binary()
+    if feature.dtype == "bool":
+        return pa.list_(pa.uint8(), feature.size)
+    return pa.list_(pa.from_numpy_dtype(feature.np_dtype), feature.size)
+
+
+def steps_schema(spec: RobotSpec) -> pa.Schema:
+    """Schema of the steps table of a robot: the fixed head, the executed action, and all other features by name."""
+    features = [(name, feature_type(f)) for name, f in sorted(spec.features.items()) if name != ACTION]
+    return pa.schema([*_STEP_HEAD, (ACTION, feature_type(spec.action)), *features])
+
+
+def table_schema(name: str, spec: RobotSpec) -> pa.Schema:
+    """Schema of one of ``TABLES`` for this robot."""
+    return {"steps": steps_schema(spec), "chunks": CHUNKS, "episodes": EPISODES, "labels": LABELS}[name]
+
+
+def feature_column(feature: Feature, values: list[Any]) -> pa.Array:
+    """Arrow column of one feature from per-step values: arrays, or encoded bytes for a codec other than raw."""
+    if feature.codec != "raw":
+        return pa.array(values, type=pa.binary())
+    flat = np.ascontiguousarray(np.stack(values).reshape(-1))
+    if feature.dtype == "bool":
+        flat = flat.astype(np.uint8)
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat), feature.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fragment:
+    """A run of steps sent together, decoded: record batches by table name."""
+
+    tables: Mapping[str, pa.RecordBatch]
+
+    @property
+    def num_steps(self) -> int:
+        return self.tables["steps"].num_rows if "steps" in self.tables else 0
+
+
+def encode_fragment(tables: Mapping[str, pa.RecordBatch]) -> tuple[dict[str, int], bytes]:
+    """The table directory ``{name: bytes}`` (padded to ``ALIGNMENT``) and the payload."""
+    directory: dict[str, int] = {}
+    parts: list[bytes] = []
+    for name in TABLES:
+        batch = tables.get(name)
+        if batch is None or batch.num_rows == 0:
+            continue
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        data = sink.getvalue().to_pybytes()
+        data += b"\0" * (-len(data) % ALIGNMENT)
+        directory[name] = len(data)
+        parts.append(data)
+    return directory, b"".join(parts)
+
+
+def decode_fragment(directory: Mapping[str, int], payload: bytes | memoryview | pa.Buffer) -> Fragment:
+    """Opens a payload without copying it; the batches point into ``payload``. Safe on untrusted bytes.
+
+    Every batch is fully validated: Arrow bytes that are read without it can make the process crash.
+
+    Raises:
+        FragmentRefused: The directory or the bytes are malformed.
+    """
+    buffer = payload if isinstance(payload, pa.Buffer) else pa.py_buffer(payload)
+    tables: dict[str, pa.RecordBatch] = {}
+    offset = 0
+    for name, length in directory.items():
+        if name not in TABLES or not isinstance(length, int) or length <= 0 or length % ALIGNMENT or offset + length > buffer.size:
+            raise FragmentRefused(
+                f"table {name!r} of {length!r} bytes at {offset} in a payload of {buffer.size}",
+                rule=f"tables are {TABLES}, padded to {ALIGNMENT} bytes, within the payload",
+            )
+        tables[name] = _decode_table(name, buffer.slice(offset, length))
+        offset += length
+    if offset != buffer.size or not tables:
+        raise FragmentRefused(f"{buffer.size - offset} bytes after {len(tables)} tables", rule="the directory covers the payload")
+    return Fragment(tables)
+
+
+def _decode_table(name: str, data: pa.Buffer) -> pa.RecordBatch:
+    try:
+        with pa.ipc.open_stream(data) as reader:
+            batch = reader.read_next_batch()
+            if not 0 < batch.num_rows <= MAX_ROWS:
+                raise FragmentRefused(f"table {name!r} has {batch.num_rows} rows", rule=f"1 to {MAX_ROWS} rows")
+            batch.validate(full=True)
+            return batch
+    except (pa.ArrowException, StopIteration, OSError, ValueError, OverflowError, KeyError, NotImplementedError) as error:
+        raise FragmentRefused(f"table {name!r} cannot be read: {error!r}"[:500], rule="one Arrow IPC stream with one batch") from None
+
+
+def check_fragment(fragment: Fragment, spec: RobotSpec, robot_id: str, boot_id: str) -> None:
+    """Checks a decoded fragment against its sender's spec and identity.
+
+    Raises:
+        FragmentRefused: Wrong columns, nulls, another robot's id, non-finite action or float observation, or
+            frames that do not follow each other.
+    """
+    for name, batch in fragment.tables.items():
+        _check_columns(name, batch, table_schema(name, spec))
+    for name in ("steps", "labels"):
+        batch = fragment.tables.get(name)
+        if batch is not None:
+            _check_owner(name, batch, robot_id, boot_id)
+    steps = fragment.tables.get("steps")
+    if steps is not None:
+        _check_finite(steps, spec)
+        _check_order(steps)
+
+
+def _check_columns(name: str, batch: pa.RecordBatch, expected: pa.Schema) -> None:
+    columns = {field.name: field.type for field in batch.schema}
+    if len(columns) != len(batch.schema):
+        raise FragmentRefused(f"table {name!r} has a column twice", rule="column names are unique")
+    for field in expected:
+        if columns.pop(field.name, None) != field.type:
+            raise FragmentRefused(
+                f"column {field.name!r} of table {name!r} is {batch.schema.field(field.name).type if field.name in batch.schema.names else 'missing'}",
+                rule=f"the spec says {field.type}",
+                remedy="send a spec in HELLO that matches what is recorded",
+            )
+    for extra in columns:
+        if name != "chunks" or not extra.startswith(REPLAY_PREFIX):
+            raise FragmentRefused(
+                f"column {extra!r} of table {name!r} is not in the spec", rule="only chunks have extra columns, named 'replay.*'"
+            )
+    for field in expected:
+        if batch.column(field.name).null_count:
+            raise FragmentRefused(f"column {field.name!r} of table {name!r} has nulls", rule="no nulls")
+
+
+def _check_owner(name: str, batch: pa.RecordBatch, robot_id: str, boot_id: str) -> None:
+    for column, expected in (("robot_id", robot_id), ("boot_id", boot_id)):
+        seen = set(batch.column(column).unique().to_pylist())
+        if name == "steps" and seen != {expected}:
+            raise FragmentRefused(f"{column} of {name} is {sorted(seen)[:3]}", rule=f"the connection belongs to {expected!r}")
+        if name == "labels" and column == "robot_id" and seen != {expected}:
+            raise FragmentRefused(f"{column} of {name} is {sorted(seen)[:3]}", rule="a robot labels its own episodes only")
+
+
+def _check_finite(steps: pa.RecordBatch, spec: RobotSpec) -> None:
+    for name, feature in spec.features.items():
+        column = steps.column(name)
+        if feature.codec == "raw":
+            if column.flatten().null_count or len(column.flatten()) != steps.num_rows * feature.size:
+                raise FragmentRefused(f"column {name!r} has nulls inside its lists", rule="no nulls")
+            if feature.dtype.startswith("float") and not np.isfinite(column.flatten().to_numpy()).all():
+                raise FragmentRefused(f"column {name!r} has NaN or infinity", rule="actions and observations are finite")
+    if not np.isfinite(steps.column("next.reward").to_numpy()).all():
+        raise FragmentRefused("column 'next.reward' has NaN or infinity", rule="rewards are finite")
+
+
+def _check_order(steps: pa.RecordBatch) -> None:
+    episode = steps.column("episode_id").to_numpy()
+    frame = steps.column("frame_index").to_numpy()
+    if frame.min() < 0 or episode.min() < 0:
+        raise FragmentRefused("a negative episode_id or frame_index", rule="both count up from 0")
+    same = episode[1:] == episode[:-1]
+    in_order = np.where(same, frame[1:] == frame[:-1] + 1, (episode[1:] > episode[:-1]) & (frame[1:] == 0))
+    if not in_order.all():
+        at = int(np.argmin(in_order)) + 1
+        raise FragmentRefused(
+            f"row {at} is frame {frame[at]} of episode {episode[at]} after frame {frame[at - 1]} of episode {episode[at - 1]}",
+            rule="frames follow each other without a gap; episodes count up",
+        )

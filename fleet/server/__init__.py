@@ -1,0 +1,1 @@
+"""Server-only rooms: gateway, membership, registry, release store."""

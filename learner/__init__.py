@@ -1,0 +1,1 @@
+"""Sampler -> update -> publish."""

@@ -114,6 +114,22 @@ def feature_column(feature: Feature, values: list[Any]) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(flat), feature.size)
 
 
+def build_table(name: str, spec: RobotSpec, rows: list[dict[str, Any]]) -> pa.RecordBatch:
+    """Record batch of one of ``TABLES`` from rows; feature values are arrays, or encoded bytes for a codec other than raw.
+
+    Columns beyond the schema (``replay.*`` of chunks) take their type from the values.
+    """
+    schema = table_schema(name, spec)
+    columns: dict[str, pa.Array] = {}
+    for field in schema:
+        values = [row[field.name] for row in rows]
+        feature = spec.features.get(field.name)
+        columns[field.name] = pa.array(values, type=field.type) if feature is None else feature_column(feature, values)
+    for extra in sorted(rows[0].keys() - set(schema.names)):
+        columns[extra] = pa.array([row[extra] for row in rows])
+    return pa.RecordBatch.from_pydict(columns)
+
+
 @dataclasses.dataclass(frozen=True)
 class Fragment:
     """A run of steps sent together, decoded: record batches by table name."""

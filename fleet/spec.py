@@ -22,7 +22,7 @@ ACTION = "action"
 STATE = "observation.state"
 IMAGE_PREFIX = "observation.images."
 DTYPES = ("float32", "float64", "int32", "int64", "uint8", "bool")
-CODECS = ("raw", "png", "jpeg")
+CODECS = ("raw", "jpeg")
 MAX_ELEMENTS = 64 * 1024 * 1024
 _NAME = re.compile(r"^[a-z][a-z0-9_.]{0,95}$")
 ROBOT_ID = re.compile(r"^[a-z0-9][a-z0-9_-]{0,31}$")
@@ -37,7 +37,7 @@ class Feature:
         shape: Static shape; images are (height, width, channels) uint8.
         unit: Physical unit for people to read, for example "rad"; "" where there is none.
         low, high: Bounds of every element in ``unit``, or None where unbounded.
-        codec: How one value is stored: "raw", or for images "png" or "jpeg".
+        codec: How one value is stored: "raw", or for images "jpeg".
     """
 
     dtype: str
@@ -156,7 +156,7 @@ def _check_feature(name: str, feature: Feature) -> None:
     if feature.codec not in CODECS:
         raise SpecError(f"{where} has codec {feature.codec!r}", rule=f"one of {CODECS}")
     if feature.codec != "raw" and not (feature.is_image and feature.shape[2] in (1, 3)):
-        raise SpecError(f"{where} has codec {feature.codec!r}", rule="png and jpeg are for uint8 images (H, W, 1 or 3)")
+        raise SpecError(f"{where} has codec {feature.codec!r}", rule="jpeg is for uint8 images (H, W, 1 or 3)")
     for bound in (feature.low, feature.high):
         if bound is not None and not isinstance(bound, (int, float)):
             raise SpecError(f"{where} has a bound {bound!r}", rule="low and high are one number each, or None")

@@ -1,0 +1,168 @@
+"""One actor: drives one robot. ``fleet join FILE`` ends up in ``join``.
+
+This process is the courier; it starts the control process, learns the robot's spec from it, and lets it go once the
+gateway answered and a policy is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+import queue
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from actors.config import TABLES, ActorConfig
+from actors.control import ControlArgs, ControlProcess
+from actors.courier import Counters, Courier, Uplinker
+from actors.fragments import FragmentBuilder
+from actors.mailbox import Mailbox
+from actors.policy_runner import PolicyRunner
+from actors.ring import RingClosed
+from actors.uplink import Uplink
+from fleet.config import load_run
+from fleet.errors import ConfigError, GatewayUnreachable, IdentityError, RobotError
+from fleet.identity import Credential
+from fleet.spool import Spool
+from fleet.transport_zmq import ZmqRobotLink
+
+log = logging.getLogger("fleet.actor")
+SAY_EVERY_S = 5.0
+
+
+class Actor:
+    """One robot's courier process, from its file to its end.
+
+    Args:
+        path: The credential file of ``fleet enroll``; spool and release cache lie beside it in ``<robot id>.state/``.
+        overrides: ``table.key=value`` as on the command line.
+
+    Raises:
+        FleetError: Whatever of the configuration, the robot or the credential cannot be used.
+    """
+
+    def __init__(self, path: Path, overrides: list[str] | None = None) -> None:
+        self.credential = Credential.load(path)
+        tables = load_run(path, TABLES, overrides or [])
+        self.config: ActorConfig = tables["actor"]
+        self.stop = threading.Event()
+        self.counters = Counters()
+        self._tasks: dict[str, Any] = {}
+        folder = path.parent / f"{self.credential.robot_id}.state"
+        args = ControlArgs(tables["robot"], tables["operator"], self.config)
+        self.control = ControlProcess(multiprocessing.get_context("spawn"), args)
+        self.spec = self.control.spec
+        self.spool = Spool(folder / "spool", max_bytes=self.config.spool_mb * 1_000_000)
+        self.mailbox = Mailbox(folder / "release", self.credential.release_public)
+        self.link = ZmqRobotLink(self.credential)
+        self.runner = PolicyRunner(self.spec, {})
+        self.uplink = Uplink(self.link, self.spool, self.spec, self.mailbox, self._welcome, self._metrics)
+        self.cuts: queue.Queue[Any] = queue.Queue(256)
+        self.uplinker = Uplinker(self.spec, self.spool, self.uplink, self.runner, self.cuts)
+
+    def run(self) -> None:
+        """Works until the stated number of episodes is done, or ``stop`` is set.
+
+        Raises:
+            FleetError: The gateway refused this robot, or the robot failed.
+        """
+        self.uplinker.start()
+        try:
+            if self._wait_until_ready():
+                self._work()
+        finally:
+            self.control.stop()
+            drained = self.uplinker.stop(self.config.drain_s)
+            self.link.close()
+            if not drained:
+                log.warning("%d fragments stay in the spool and are sent at the next start", self.spool.num_pending)
+            self.spool.close()
+        self._raise_failure()
+
+    def _wait_until_ready(self) -> bool:
+        started, said = time.monotonic(), 0.0
+        while not self.stop.is_set():
+            self._raise_failure()
+            if self._tasks and (self.runner.ready or self.config.demonstrate):
+                return True
+            waited = time.monotonic() - started
+            if 0 < self.config.wait_for_gateway_s < waited and not self.uplink.connected:
+                raise self._unreachable()
+            if waited - said >= SAY_EVERY_S:
+                said = waited
+                log.warning("%s", "waiting for the first release" if self.uplink.connected else str(self._unreachable()))
+            time.sleep(0.01)
+        return False
+
+    def _unreachable(self) -> GatewayUnreachable | IdentityError:
+        if self.link.state == "refused":
+            return IdentityError(
+                f"the gateway at {self.credential.endpoint} refuses the key of {self.credential.robot_id!r}",
+                rule="only enrolled robots are served",
+                remedy=f"run `fleet enroll {self.credential.robot_id}` on the learner's machine and copy the new file here",
+            )
+        return GatewayUnreachable(
+            f"nothing answers at {self.credential.endpoint}",
+            rule="the robot starts after its first contact",
+            remedy="start the run with `fleet up`, or correct credential.endpoint; trying again meanwhile",
+        )
+
+    def _work(self) -> None:
+        names = self.config.tasks or sorted(self._tasks)
+        unknown = sorted(set(names) - set(self._tasks))
+        if unknown:
+            raise ConfigError(f"actor.tasks has {unknown}", rule=f"the run's tasks are {sorted(self._tasks)}")
+        instructions = {task: str(entry["instruction"]) for task, entry in self._tasks.items()}
+        builder = FragmentBuilder(self.spec, self.credential.robot_id, self.spool.boot_id, instructions)
+        steps, chunks = self.control.go(names, f"{self.credential.robot_id}/{self.spool.boot_id}")
+        courier = Courier(self.spec, steps, chunks, self.runner, builder, self.cuts, self.counters, self.config.fragment_s)
+        try:
+            while True:
+                if self.stop.is_set() or self.uplinker.failure is not None:
+                    self.control.ask_to_stop()
+                courier.serve_once(0.05)
+        except RingClosed:
+            self.control.join()
+        if self.control.failure is not None and not self.stop.is_set():
+            raise self.control.failure
+
+    def _welcome(self, tasks: dict[str, Any], settings: dict[str, Any]) -> None:
+        self.runner.set_embeddings({task: entry["embedding"] for task, entry in tasks.items()})
+        self._tasks = tasks
+
+    def _metrics(self) -> dict[str, float]:
+        late, self.counters.late_ms_max = self.counters.late_ms_max, 0.0
+        spool = {"spool": self.spool.num_pending, "spool_bytes": self.spool.bytes_pending, "dropped_steps": self.spool.dropped_steps}
+        return {**dataclasses.asdict(self.counters), **spool, "late_ms_max": late, "version": self.runner.version}
+
+    def _raise_failure(self) -> None:
+        if self.uplinker.failure is not None:
+            raise self.uplinker.failure
+
+
+def join(path: Path, overrides: list[str] | None = None) -> None:
+    """Runs an actor until it is done or gets SIGINT or SIGTERM.
+
+    Raises:
+        FleetError: See ``Actor``.
+    """
+    actor = Actor(path, overrides)
+
+    def ask_to_stop(number: int, frame: object) -> None:
+        actor.stop.set()
+
+    signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    try:
+        actor.run()
+    finally:
+        if actor.control.alive:
+            actor.control.kill()
+    if not actor.config.num_episodes:
+        return
+    if actor.counters.episodes < actor.config.num_episodes and not actor.stop.is_set():
+        raise RobotError(f"{actor.counters.episodes} of {actor.config.num_episodes} episodes were done", rule="all are done")

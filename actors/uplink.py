@@ -1,0 +1,164 @@
+"""The robot's side of the connection: says HELLO, sends what is in the spool, pulls releases, beats.
+
+A state machine driven by ``run_once`` over a RobotLink, a Spool and a Mailbox. Nothing is lost by a bad connection:
+what is not acknowledged stays in the spool and is sent again after the next WELCOME, from the gateway's high-water mark.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from actors.mailbox import Mailbox
+from fleet import __version__
+from fleet.errors import FleetError, ProtocolError, ReleaseError
+from fleet.spec import RobotSpec
+from fleet.spool import Spool, SpooledFragment
+from fleet.transport import RobotLink
+from fleet.wire import PROTOCOLS, Kind, Message
+
+HELLO_EVERY_S = 1.0
+HEARTBEAT_EVERY_S = 1.0
+LOST_AFTER_S = 5.0
+MAX_UNACKNOWLEDGED = 64
+FATAL = ("spec", "policy", "config")  # refusals that asking again does not change
+
+
+class Refused(FleetError):
+    """The gateway will not have this robot; its reason is in what, rule and remedy."""
+
+    code = "refused"
+
+
+class Uplink:
+    """One robot's connection.
+
+    Args:
+        on_welcome: Called with (tasks, settings) of each WELCOME.
+        metrics: Called for each heartbeat; numbers by name.
+    """
+
+    def __init__(
+        self,
+        link: RobotLink,
+        spool: Spool,
+        spec: RobotSpec,
+        mailbox: Mailbox,
+        on_welcome: Callable[[dict[str, Any], dict[str, Any]], None],
+        metrics: Callable[[], Mapping[str, float]],
+    ) -> None:
+        self.link, self.spool, self.spec, self.mailbox = link, spool, spec, mailbox
+        self._on_welcome, self._metrics = on_welcome, metrics
+        self.connected = False
+        self._boot = spool.boot_id
+        self._unacknowledged = 0
+        self._next: SpooledFragment | None = None  # taken from the spool, not sent yet
+        self._last_heard = self._last_hello = self._last_beat = -1e9
+
+    def run_once(self, timeout_s: float) -> None:
+        """Sends what is due and handles what comes within ``timeout_s``.
+
+        Raises:
+            Refused: The gateway refused this robot for a reason that will not pass by itself.
+        """
+        now = time.monotonic()
+        if self.connected and now - self._last_heard > LOST_AFTER_S:
+            self.connected = False
+        if not self.connected:
+            self._hello(now)
+        else:
+            self._send_fragments()
+            self._pull()
+            self._beat(now)
+        message = self.link.receive(timeout_s)
+        while message is not None:
+            self._handle(message)
+            message = self.link.receive(0)
+
+    def tell(self, event: str, **fields: Any) -> bool:
+        """Sends an EVENT; False if it could not be queued."""
+        return self.connected and self.link.send(Message(Kind.EVENT, {"event": event, "time_ns": time.time_ns(), **fields}))
+
+    def bye(self) -> None:
+        """Takes leave, so that the gateway does not count this robot as lost."""
+        self.link.send(Message(Kind.BYE, {"error": {}}))
+
+    @property
+    def drained(self) -> bool:
+        """Whether everything is acknowledged."""
+        return self.spool.num_pending == 0
+
+    def _hello(self, now: float) -> None:
+        if now - self._last_hello < HELLO_EVERY_S:
+            return
+        self._last_hello = now
+        self._boot = self.spool.boots()[0]
+        fields = {
+            "protocols": list(PROTOCOLS),
+            "software": __version__,
+            "boot_id": self._boot,
+            "spec": self.spec.to_dict(),
+            "spec_hash": self.spec.hash,
+        }
+        self.link.send(Message(Kind.HELLO, fields))
+
+    def _send_fragments(self) -> None:
+        while self._unacknowledged < MAX_UNACKNOWLEDGED:
+            self._next = self._next or self.spool.next_unsent()
+            if self._next is None or self._next.boot_id != self._boot:
+                break
+            names = ("boot_id", "seq", "spec_hash")
+            fields = {name: getattr(self._next, name) for name in names} | {"tables": dict(self._next.tables)}
+            if not self.link.send(Message(Kind.FRAGMENT, fields, self._next.payload)):
+                break
+            self._next, self._unacknowledged = None, self._unacknowledged + 1
+        if self._unacknowledged == 0 and self.spool.boots()[0] != self._boot:
+            self.connected = False  # the backlog of an earlier start is done: introduce the next one
+            self._last_hello = -1e9
+
+    def _pull(self) -> None:
+        for what, id in self.mailbox.requests():
+            self.link.send(Message(Kind.PULL, {"what": what, "id": id}))
+
+    def _beat(self, now: float) -> None:
+        if now - self._last_beat < HEARTBEAT_EVERY_S:
+            return
+        self._last_beat = now
+        metrics = {name: float(value) for name, value in self._metrics().items()}
+        self.link.send(Message(Kind.HEARTBEAT, {"time_ns": time.time_ns(), "mono_ns": time.monotonic_ns(), "metrics": metrics}))
+
+    def _handle(self, message: Message) -> None:
+        self._last_heard = time.monotonic()
+        fields = message.fields
+        if message.kind == Kind.WELCOME:
+            self._welcome(fields)
+        elif message.kind == Kind.ACK:
+            before = self.spool.num_pending
+            self.spool.acknowledge(fields["boot_id"], fields["seq"])
+            self._unacknowledged = max(self._unacknowledged - (before - self.spool.num_pending), 0)
+        elif message.kind == Kind.CHUNK:
+            try:
+                self.mailbox.deliver(fields["what"], fields["id"], message.payload)
+            except ReleaseError as error:
+                self.tell("release_failed", what=error.what)
+        elif message.kind == Kind.HEARTBEAT:
+            self.mailbox.announce(int(fields["metrics"].get("release") or 0))
+        elif message.kind == Kind.EVENT and fields["event"] == "release":
+            self.mailbox.announce(int(fields.get("version", 0)))
+        elif message.kind == Kind.BYE:
+            self._refused(fields["error"])
+
+    def _welcome(self, fields: dict[str, Any]) -> None:
+        if fields["boot_id"] != self._boot:
+            return
+        self.spool.rewind(self._boot, fields["seq"])
+        self._unacknowledged, self._next = 0, None
+        self.mailbox.reconnected()
+        self.connected = True
+        self._on_welcome(fields["tasks"], fields["settings"])
+
+    def _refused(self, error: dict[str, Any]) -> None:
+        self.connected = False
+        if error.get("code") in FATAL or error.get("code") == ProtocolError.code and "protocol" in str(error.get("rule")):
+            raise Refused(str(error.get("what")), rule=str(error.get("rule", "")), remedy=str(error.get("remedy", "")))

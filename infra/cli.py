@@ -1,0 +1,171 @@
+"""The command line. Every command imports what it needs when it runs, so that ``--help`` needs nothing but the base."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fleet.errors import FleetError
+
+app = typer.Typer(
+    name="fleet",
+    no_args_is_help=True,
+    add_completion=False,
+    help="Post-train one robot policy on a fleet: robots stream, a learner trains, new weights go back.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Look at a run's configuration.")
+app.add_typer(config_app, name="config")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to override, as table.key=value.", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(help="A run's folder, for example runs/demo.")]
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Errors of ours end as a few plain lines and exit code 2."""
+    try:
+        yield
+    except FleetError as error:
+        typer.secho(f"error: {error.what}", fg="red", err=True)
+        for label, text in (("rule", error.rule), ("remedy", error.remedy)):
+            if text:
+                typer.echo(f"{label}: {text}", err=True)
+        sys.exit(2)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+
+
+@app.command()
+def up(
+    source: Annotated[Path, typer.Argument(help="A run file (RUN.yaml) to start, or a run's folder to go on with.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
+    runs: Annotated[Path, typer.Option(help="Where run folders lie.")] = Path("runs"),
+    address: Annotated[str, typer.Option(help="A Ray cluster to join; empty: a local one.")] = "",
+) -> None:
+    """Start a learner cluster: gateway, buffer, registry and learner. Ctrl-C stops it; --resume goes on."""
+    _log_to_stderr()
+    with _clear_errors():
+        from infra.up import up as start
+
+        start(source, overrides or [], resume=resume, runs=runs, address=address)
+
+
+@app.command()
+def enroll(
+    robot_id: Annotated[str, typer.Argument(help="Name of the robot, for example arm-07.")],
+    run: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/demo"),
+    out: Annotated[Path | None, typer.Option(help="File to write; default ROBOT.yaml here.")] = None,
+    endpoint: Annotated[str, typer.Option(help="Address of the gateway as the robot sees it; default: where it listens.")] = "",
+) -> None:
+    """Register a robot: writes its one credential file. Copy it to the robot and run `fleet join FILE` there."""
+    with _clear_errors():
+        from infra.enroll import enroll as register
+
+        path = register(run, robot_id, out or Path(f"{robot_id}.yaml"), endpoint)
+        typer.echo(f"{robot_id} is enrolled. Copy {path} to the robot (it holds its secret key), then there: fleet join {path.name}")
+
+
+@app.command()
+def join(
+    file: Annotated[Path, typer.Argument(help="The file that `fleet enroll` wrote.")],
+    overrides: Overrides = None,
+) -> None:
+    """Drive a robot: stream what it does, act by the newest policy, obey the operator. Ctrl-C takes leave."""
+    _log_to_stderr()
+    with _clear_errors():
+        from actors.main import join as drive
+
+        drive(file, overrides)
+
+
+@app.command()
+def sim(
+    run: RunPath,
+    overrides: Overrides = None,
+    num: Annotated[int, typer.Option(help="How many simulated robots.")] = 4,
+) -> None:
+    """Start simulated robots beside a run, enrolled and connected like real ones. Ctrl-C stops them."""
+    _log_to_stderr()
+    with _clear_errors():
+        from infra.sim import run_sims
+
+        run_sims(run, num, overrides or [])
+
+
+@app.command()
+def status(
+    run: RunPath,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Show robots, learner and releases of a run."""
+    with _clear_errors():
+        from infra.status import show_status
+
+        show_status(run, as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: RunPath,
+    release: Annotated[int, typer.Option(help="Version to test; 0: the newest.")] = 0,
+    episodes: Annotated[int, typer.Option(help="Held-out starts a task.")] = 50,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 2,
+) -> None:
+    """Test a release on held-out starts in simulation; prints success by task with 95 % intervals."""
+    with _clear_errors():
+        from infra.evaluation import evaluate_release, print_table
+
+        print_table(evaluate_release(run, release, episodes, workers))
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Run folder to make.")] = Path("runs/demo"),
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="A run file in place of the built-in one.")] = None,
+) -> None:
+    """A whole fleet on this machine: demonstrations, start policy, 4 simulated robots, corrections, report."""
+    with _clear_errors():
+        from infra.demo import run_demo
+
+        run_demo(folder, config, overrides or [])
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """Write the run's report (report/index.html) from its journals."""
+    with _clear_errors():
+        from fleet.runfolder import RunFolder
+        from infra.report import write_report
+
+        typer.echo(str(write_report(RunFolder.open(run))))
+
+
+@config_app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="A run file.")],
+    overrides: Overrides = None,
+) -> None:
+    """Check a run file without starting anything."""
+    with _clear_errors():
+        from infra.run_config import check_run_file
+
+        for line in check_run_file(file, overrides or []):
+            typer.echo(line)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

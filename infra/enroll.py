@@ -1,0 +1,59 @@
+"""Registers robots with a run: a key pair each, and one file that holds all a robot needs to join."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from actors.config import TABLES
+from fleet.config import load_run
+from fleet.errors import IdentityError, RunFolderError
+from fleet.identity import Credential
+from fleet.identity import enroll as make_credential
+from fleet.runfolder import RunFolder
+
+
+def enroll(run_path: Path, robot_id: str, out: Path, endpoint: str = "", overrides: dict[str, dict[str, Any]] | None = None) -> Path:
+    """Writes the file of one robot. Its robot, operator and actor tables start as those of the run, to be edited.
+
+    Args:
+        overrides: Keys of those tables that differ for this robot, by table.
+
+    Raises:
+        IdentityError: The robot is enrolled already, or the name breaks the rules.
+        RunFolderError: The folder is not a run, or its gateway was never started.
+    """
+    run = RunFolder.open(run_path)
+    if out.exists():
+        raise IdentityError(f"{out} exists", rule="a credential file is never overwritten", remedy="name another with --out")
+    tables = {name: dataclasses.asdict(table) for name, table in load_run(run.config, TABLES).items()}
+    for name, changes in (overrides or {}).items():
+        tables[name] |= changes
+    credential = make_credential(run.keys, robot_id, endpoint or gateway_endpoint(run), run.run_id)
+    credential.save(out, tables)
+    return out
+
+
+def enroll_here(run: RunFolder, robot_id: str, overrides: dict[str, dict[str, Any]]) -> Path:
+    """The file of a robot that is simulated on this machine; one that exists is used again."""
+    path = run.robots / f"{robot_id}.yaml"
+    if path.exists():
+        Credential.load(path)
+        return path
+    return enroll(run.path, robot_id, path, "", overrides)
+
+
+def gateway_endpoint(run: RunFolder) -> str:
+    """Where the run's gateway listens.
+
+    Raises:
+        RunFolderError: It was never started.
+    """
+    try:
+        return str(json.loads((run.path / "gateway.json").read_text())["endpoint"])
+    except (OSError, ValueError, KeyError):
+        raise RunFolderError(
+            f"{run.path} has no gateway.json", rule="the gateway writes its address at its first start", remedy="start the run first: fleet up"
+        ) from None

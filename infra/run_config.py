@@ -1,0 +1,59 @@
+"""A run file: one YAML, a table per process. Which tables there are, and how the whole file is checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from actors.config import TABLES as ACTOR_TABLES
+from buffer.config import GatewayConfig
+from fleet.config import load_run
+from fleet.errors import ConfigError
+from fleet.runfolder import RunFolder
+from fleet.server.registry import RegistryConfig
+
+
+@dataclasses.dataclass
+class RunConfig:
+    seed: int = 0
+    """Seed of starts, batches and weights."""
+    tasks: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Instruction by task name."""
+
+    def check(self) -> None:
+        if not self.tasks:
+            raise ConfigError("tasks is empty", rule="a run has at least one task", remedy="run: {tasks: {reach: reach the target}}")
+
+
+PROCESS_TABLES: dict[str, type] = {"run": RunConfig, "gateway": GatewayConfig, "registry": RegistryConfig, **ACTOR_TABLES}
+
+
+def load_tables(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """All tables of a run file, checked.
+
+    Raises:
+        ConfigError: With file, key, value, rule and the nearest known key.
+    """
+    tables = load_run(path, PROCESS_TABLES, overrides)  # under a second: wrong files are told before torch is loaded
+    from learner.main import LEARNER_TABLES, check_learner_tables
+
+    tables |= load_run(path, {**PROCESS_TABLES, **LEARNER_TABLES}, overrides)
+    check_learner_tables(tables)
+    return tables
+
+
+def check_run_file(path: Path, overrides: list[str]) -> list[str]:
+    """What `fleet config check` prints: one line a table."""
+    tables = load_tables(path, overrides)
+    return [f"{path}: ok", *(f"  {name}: {table}" for name, table in tables.items())]
+
+
+def write_catalogue(run: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """Computes each task's instruction embedding once and writes tasks.json, which the gateway sends to robots."""
+    from algorithms.instruction import encode
+
+    tasks = {t: {"instruction": text, "embedding": [float(x) for x in encode(text)]} for t, text in config.tasks.items()}
+    (run.path / "tasks.json").write_text(json.dumps(tasks, indent=1))
+    return tasks

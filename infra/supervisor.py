@@ -1,0 +1,133 @@
+"""Child processes that must run: started, watched, started again with a growing pause, given up in a crash loop."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from fleet.errors import FleetError
+from fleet.journal import Journal
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
+CRASH_LOOP = (5, 60.0)  # this many ends within this many seconds
+
+
+class CrashLoop(FleetError):
+    """A process ends again and again; starting it once more would not help."""
+
+    code = "crash_loop"
+
+
+@dataclasses.dataclass
+class Child:
+    """One supervised process.
+
+    Args:
+        once: True for work that ends by itself: exit code 0 is its end, not a failure.
+    """
+
+    name: str
+    command: list[str]
+    log: Path
+    once: bool = False
+    process: subprocess.Popen[bytes] | None = None
+    ends: collections.deque[float] = dataclasses.field(default_factory=collections.deque)
+    start_at: float = 0.0
+    num_restarts: int = 0
+    done: bool = False
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+
+class Supervisor:
+    """Keeps children running. Call ``poll`` a few times a second.
+
+    Children are in a process group of their own, so that Ctrl-C in the terminal reaches the supervisor alone, which
+    then ends them in order.
+    """
+
+    def __init__(self, journal: Journal | None = None) -> None:
+        self.children: dict[str, Child] = {}
+        self._journal = journal
+
+    def add(self, child: Child) -> None:
+        """Starts a child at once."""
+        self.children[child.name] = child
+        self._start(child)
+
+    def poll(self) -> None:
+        """Notices ends and starts again what is due.
+
+        Raises:
+            CrashLoop: A child ended too often; it says the last lines of its log.
+        """
+        now = time.monotonic()
+        for child in self.children.values():
+            if child.done or child.running:
+                continue
+            if child.process is not None:
+                self._ended(child, now)
+            if not child.done and child.process is None and now >= child.start_at:
+                child.num_restarts += 1
+                self._start(child)
+
+    def stop(self, names: list[str] | None = None, timeout_s: float = 15.0) -> None:
+        """Asks children to end (SIGTERM), in the order of ``names``, and kills what does not within ``timeout_s``."""
+        for name in names or list(reversed(self.children)):
+            child = self.children[name]
+            child.done = True
+            if child.running and child.process is not None:
+                child.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + timeout_s
+        for name in names or list(reversed(self.children)):
+            process = self.children[name].process
+            if process is None:
+                continue
+            try:
+                process.wait(max(deadline - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _start(self, child: Child) -> None:
+        child.log.parent.mkdir(parents=True, exist_ok=True)
+        with child.log.open("ab") as log:
+            child.process = subprocess.Popen(
+                child.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        if self._journal is not None:
+            self._journal.write("process", name=child.name, pid=child.process.pid, restarts=child.num_restarts)
+
+    def _ended(self, child: Child, now: float) -> None:
+        assert child.process is not None
+        code, child.process = child.process.returncode, None
+        if child.once and code == 0:
+            child.done = True
+            return
+        child.ends.append(now)
+        while child.ends and child.ends[0] < now - CRASH_LOOP[1]:
+            child.ends.popleft()
+        if len(child.ends) >= CRASH_LOOP[0]:
+            raise CrashLoop(
+                f"{child.name} ended {len(child.ends)} times within {CRASH_LOOP[1]:.0f} s, last with exit code {code}",
+                rule="a process that cannot run is not started for ever",
+                remedy=f"its last words, from {child.log}:\n{last_lines(child.log)}",
+            )
+        child.start_at = now + min(FIRST_PAUSE_S * 2 ** (len(child.ends) - 1), LONGEST_PAUSE_S)
+
+
+def last_lines(path: Path, num: int = 12) -> str:
+    """The last ``num`` lines of a log file, "" if there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(file.tell() - 8192, 0))
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-num:])
+    except OSError:
+        return ""

@@ -1,0 +1,83 @@
+import time
+
+import numpy as np
+import pytest
+from loop_bench import ConstantRunner, run_episodes
+
+from actors.fragments import encode_rows
+from actors.operators import make_operator
+from actors.robots.toy import ToyRobot
+from fleet.robot import Source
+from fleet.schema import check_fragment, decode_fragment
+
+
+def test_an_episode_is_recorded_whole_and_passes_the_gateways_checks():
+    tables, _, _ = run_episodes(ConstantRunner([0.0, 0.0]), episodes=2)
+    spec = ToyRobot().spec
+    directory, payload = encode_rows(spec, tables)
+    fragment = decode_fragment(directory, payload)
+    check_fragment(fragment, spec, "toy-1", "b" * 16)
+    steps = fragment.tables["steps"]
+    assert steps.num_rows == 120  # two episodes of 60, no success with a policy that stands still
+    assert steps.column("frame_index").to_pylist() == [*range(60), *range(60)]
+    events = fragment.tables["episodes"].to_pylist()
+    assert [(e["event"], e["outcome"], e["length"]) for e in events] == [
+        ("opened", "", -1),
+        ("closed", "failure", 60),
+    ] * 2
+    assert events[0]["seed"] != events[2]["seed"]
+
+
+def test_every_step_knows_the_chunk_and_version_behind_it():
+    tables, _, _ = run_episodes(ConstantRunner([0.0, 0.0]), execute=4)
+    chunk_of = {row["chunk_id"]: row for row in tables["chunks"]}
+    for step in tables["steps"]:
+        chunk = chunk_of[step["chunk_id"]]
+        assert step["source"] == Source.POLICY
+        assert step["frame_index"] == chunk["frame_index"] + step["chunk_index"]
+        assert 0 <= step["chunk_index"] < 4
+    assert tables["episodes"][-1]["first_version"] == tables["episodes"][-1]["last_version"] == 7
+
+
+def test_the_operator_takes_over_and_the_policy_goes_on_in_shadow():
+    operator = make_operator("scripted", expert="toy", gate_distance=0.5, window=5)
+    tables, _, _ = run_episodes(ConstantRunner([-1.0, 1.0]), operator=operator, execute=4)
+    sources = [s["source"] for s in tables["steps"]]
+    first = sources.index(Source.OPERATOR)
+    assert first >= 4 and set(sources[first:]) == {Source.OPERATOR}
+    assert all(s["intervention"] and s["operator_id"] == "scripted" for s in tables["steps"][first:])
+    assert max(c["frame_index"] for c in tables["chunks"]) > first
+    assert tables["episodes"][-1]["outcome"] == "success"
+
+
+def test_demonstrations_need_no_policy_and_are_no_interventions():
+    runner = ConstantRunner([0.0, 0.0])
+    runner.ready = False
+    operator = make_operator("scripted", expert="toy", mode="demonstrate")
+    tables, _, _ = run_episodes(runner, operator=operator, demonstrates=True)
+    assert {s["source"] for s in tables["steps"]} == {Source.DEMO}
+    assert not any(s["intervention"] for s in tables["steps"])
+    assert runner.num_calls == 0
+
+
+def test_a_policy_that_never_answers_leads_to_hold_not_to_a_repeat():
+    runner = ConstantRunner([1.0, 1.0])
+    runner.ready = False
+    tables, loop, _ = run_episodes(runner, realtime=True, chunk_deadline_s=0.002, robot=ToyRobot(control_hz=200))
+    assert {s["source"] for s in tables["steps"]} == {Source.SCRIPT}
+    assert all(np.array_equal(s["action"], [0, 0]) for s in tables["steps"])
+    assert loop.num_held == len(tables["steps"])
+
+
+@pytest.mark.parametrize("bad", [[np.nan, 0.0], [np.inf, 0.0]])
+def test_an_action_that_is_not_finite_never_reaches_the_robot(bad):
+    tables, loop, _ = run_episodes(ConstantRunner(bad))
+    assert all(np.isfinite(s["action"]).all() for s in tables["steps"])
+    assert {s["source"] for s in tables["steps"]} == {Source.SCRIPT}
+    assert loop.safety.num_not_finite == 60
+
+
+def test_the_rate_is_kept():
+    start = time.monotonic()
+    run_episodes(ConstantRunner([0.0, 0.0]), realtime=True, robot=ToyRobot(control_hz=100, max_steps=50))
+    assert 0.49 <= time.monotonic() - start < 1.5

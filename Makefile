@@ -1,0 +1,52 @@
+# Each target sets itself up: a virtual environment in .venv, made once and reused until pyproject.toml or the
+# constraints change. V=1 shows everything that pip says.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP_QUIET := $(if $(V),,--quiet)
+SETUP := pyproject.toml constraints/main.txt tools/setup.sh
+RUN ?=
+SEED ?=
+TESTS ?= tests
+
+.PHONY: help demo test test-full bench lint clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
+
+demo: $(VENV)/.ready-demo  ## train a simulated fleet from a few demonstrations, watch it, get a report
+	@exec $(VENV)/bin/fleet demo $(if $(RUN),$(RUN)) $(if $(SEED),--seed $(SEED))
+
+test: lint  ## lint, types and every test at small counts
+	@echo "tests (FLEET_TEST_SCALE=1)"
+	FLEET_TEST_SCALE=1 $(PY) -m pytest -q --durations=15 $(TESTS)
+
+test-full: lint  ## the same at the counts that the claims state
+	@echo "tests (FLEET_TEST_SCALE=10)"
+	FLEET_TEST_SCALE=10 $(PY) -m pytest -q --durations=30 --timeout=1200 $(TESTS)
+
+bench: $(VENV)/.ready-dev  ## every benchmark, and benchmarks/RESULTS.md from their results
+	@for script in benchmarks/[a-z]*.py; do
+		echo "bench  $$script"
+		$(PY) "$$script" --json
+	done
+
+lint: $(VENV)/.ready-dev  ## ruff and mypy
+	@echo "lint"
+	$(VENV)/bin/ruff check --quiet .
+	$(VENV)/bin/ruff format --check --quiet . || { echo "files above are not formatted: $(VENV)/bin/ruff format ." >&2; exit 1; }
+	$(VENV)/bin/mypy fleet algorithms buffer actors learner infra
+
+$(VENV)/.ready-demo: $(SETUP)
+	@PIP_QUIET="$(PIP_QUIET)" tools/setup.sh $(VENV) demo learner,sim
+
+$(VENV)/.ready-dev: $(SETUP)
+	@PIP_QUIET="$(PIP_QUIET)" tools/setup.sh $(VENV) dev learner,sim,dev
+
+clean:  ## remove environments, caches and build output; runs/ stays
+	rm -rf .venv .venv-base310 .venv-base311 build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Makes a virtual environment with the named extras and marks it ready: setup.sh FOLDER MARK EXTRAS
+# PYTHON=/path/to/python chooses the interpreter; else the first of python3.11, python3.12, python3.13, python3 that is >= 3.11.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=$1 mark=$2 extras=$3
+
+usable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+
+find_python() {
+    local name path
+    for name in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+        # A pyenv shim may stand on PATH for a version that is not active: type -a shows what lies behind it.
+        while read -r path; do
+            if usable "$path"; then echo "$path"; return; fi
+        done < <(type -aP "$name" 2>/dev/null || true)
+    done
+    echo "Python 3.11 or newer is needed; found: $(python3 --version 2>&1 || echo none)." >&2
+    echo "Install it (Debian: apt-get install python3.11 python3.11-venv), or name one: make ... PYTHON=/path/to/python" >&2
+    return 1
+}
+
+if [ -x "$venv/bin/python" ] && ! usable "$venv/bin/python"; then
+    echo "setup  $venv has an interpreter that does not run or is older than 3.11: making it anew"
+    rm -rf "$venv"
+fi
+if [ ! -x "$venv/bin/python" ]; then
+    python=$(find_python)
+    echo "setup  $venv with $("$python" --version)"
+    if ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
+        version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+        echo "$python has no venv module. Debian: apt-get install python$version-venv" >&2
+        exit 1
+    fi
+    "$python" -m venv "$venv"
+fi
+echo "setup  installing .[$extras] (a few minutes the first time)"
+start=$SECONDS
+# torch stands in the same call as everything else, so that pip settles on the pinned build at once.
+"$venv/bin/python" -m pip install --disable-pip-version-check ${PIP_QUIET:---quiet} \
+    -c constraints/main.txt torch==2.13.0 -e ".[$extras]"
+touch "$venv/.ready-$mark"
+if [ "$mark" = dev ]; then touch "$venv/.ready-demo"; fi
+echo "setup  ready in $((SECONDS - start)) s"

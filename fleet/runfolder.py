@@ -66,13 +66,17 @@ class RunFolder:
         """
         run = cls(path)
         if not path.is_dir():
-            raise RunFolderError(f"{path} is not a folder", rule="a run folder holds run.json", remedy="start one with `fleet up RUN.yaml`")
+            raise RunFolderError(
+                f"{path} is not a folder", rule="a run folder holds run.json", remedy="start one with `fleet up RUN.yaml`"
+            )
         try:
             known = json.loads(run.mark.read_text()).get("format") == FORMAT
         except (OSError, ValueError, AttributeError):
             known = False
         if not known:
             raise RunFolderError(
-                f"{path} has no run.json of this project", rule=f"a run folder is marked {FORMAT!r}", remedy="name a run's folder, or a new one"
+                f"{path} has no run.json of this project",
+                rule=f"a run folder is marked {FORMAT!r}",
+                remedy="name a run's folder, or a new one",
             )
         return run

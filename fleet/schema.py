@@ -171,7 +171,13 @@ def decode_fragment(directory: Mapping[str, int], payload: bytes | memoryview | 
     tables: dict[str, pa.RecordBatch] = {}
     offset = 0
     for name, length in directory.items():
-        if name not in TABLES or not isinstance(length, int) or length <= 0 or length % ALIGNMENT or offset + length > buffer.size:
+        if (
+            name not in TABLES
+            or not isinstance(length, int)
+            or length <= 0
+            or length % ALIGNMENT
+            or offset + length > buffer.size
+        ):
             raise FragmentRefused(
                 f"table {name!r} of {length!r} bytes at {offset} in a payload of {buffer.size}",
                 rule=f"tables are {TABLES}, padded to {ALIGNMENT} bytes, within the payload",
@@ -179,7 +185,9 @@ def decode_fragment(directory: Mapping[str, int], payload: bytes | memoryview | 
         tables[name] = _decode_table(name, buffer.slice(offset, length))
         offset += length
     if offset != buffer.size or not tables:
-        raise FragmentRefused(f"{buffer.size - offset} bytes after {len(tables)} tables", rule="the directory covers the payload")
+        raise FragmentRefused(
+            f"{buffer.size - offset} bytes after {len(tables)} tables", rule="the directory covers the payload"
+        )
     return Fragment(tables)
 
 
@@ -192,7 +200,9 @@ def _decode_table(name: str, data: pa.Buffer) -> pa.RecordBatch:
             batch.validate(full=True)
             return batch
     except (pa.ArrowException, StopIteration, OSError, ValueError, OverflowError, KeyError, NotImplementedError) as error:
-        raise FragmentRefused(f"table {name!r} cannot be read: {error!r}"[:500], rule="one Arrow IPC stream with one batch") from None
+        raise FragmentRefused(
+            f"table {name!r} cannot be read: {error!r}"[:500], rule="one Arrow IPC stream with one batch"
+        ) from None
 
 
 def check_fragment(fragment: Fragment, spec: RobotSpec, robot_id: str, boot_id: str) -> None:
@@ -228,7 +238,8 @@ def _check_columns(name: str, batch: pa.RecordBatch, expected: pa.Schema) -> Non
     for extra in columns:
         if name != "chunks" or not extra.startswith(REPLAY_PREFIX):
             raise FragmentRefused(
-                f"column {extra!r} of table {name!r} is not in the spec", rule="only chunks have extra columns, named 'replay.*'"
+                f"column {extra!r} of table {name!r} is not in the spec",
+                rule="only chunks have extra columns, named 'replay.*'",
             )
     for field in expected:
         if batch.column(field.name).null_count:

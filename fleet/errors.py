@@ -73,6 +73,18 @@ class GatewayUnreachable(FleetError):
     code = "gateway_unreachable"
 
 
+class PortInUse(FleetError):
+    """Another process listens on the address that this one was told to listen on."""
+
+    code = "port_in_use"
+
+
+class RegistryUnreachable(FleetError):
+    """The registry does not answer. It is a view only: ingest and learning go on without it."""
+
+    code = "registry_unreachable"
+
+
 class StorageError(FleetError):
     """A file of the log, the spool or a run folder cannot be written or read."""
 
@@ -89,6 +101,12 @@ class RunFolderError(StorageError):
     """A run folder belongs to another project, is locked by another process, or is incomplete."""
 
     code = "run_folder"
+
+
+class NoData(FleetError):
+    """The sampler has no step that is asked for. Wait for robots, or ask for other sources."""
+
+    code = "no_data"
 
 
 class ReleaseError(FleetError):

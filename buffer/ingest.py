@@ -1,0 +1,266 @@
+"""From a received fragment to the log: checks it, appends the bytes as they came, says what became durable.
+
+Only the fragment's order within its (robot, boot) and within its episode is remembered. That state is stored in the
+log beside each fragment, so that a restarted gateway goes on exactly where the killed one stopped, without decoding.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from buffer.log import Log
+from fleet.errors import FragmentRefused, StorageError
+from fleet.journal import Journal
+from fleet.robot import Source
+from fleet.schema import Fragment, check_fragment, decode_fragment
+from fleet.spec import RobotSpec
+
+BootKey = tuple[str, str]
+
+
+@dataclasses.dataclass
+class IngestStats:
+    """Counters since the start. steps: durable steps by (robot, name of the source). Refused and duplicate: fragments."""
+
+    steps: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
+    fragments: int = 0
+    bytes: int = 0
+    duplicates: int = 0
+    refused: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a boot is: its newest episode, the frame that must come next, and what its steps were so far."""
+
+    episode_id: int = -1
+    next_frame: int = 0
+    is_open: bool = False
+    operator_steps: int = 0
+    steps_by_source: tuple[int, ...] = (0,) * len(Source)
+
+    def to_note(self) -> tuple[Any, ...]:
+        return (self.episode_id, self.next_frame, self.is_open, self.operator_steps, *self.steps_by_source)
+
+    @classmethod
+    def from_note(cls, note: tuple[Any, ...]) -> Progress:
+        return cls(note[0], note[1], note[2], note[3], tuple(note[4:])) if note else cls()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """What is counted and journalled once the fragment is durable."""
+
+    key: BootKey
+    seq: int
+    num_bytes: int
+    time_ns: np.ndarray
+    sources: np.ndarray
+    episodes: tuple[dict[str, Any], ...]
+
+
+class Ingest:
+    """The gateway's IngestHandler.
+
+    Args:
+        log: Open for writing; closed by whoever opened it.
+        journal: Where ``durable`` and ``episode`` lines go.
+    """
+
+    def __init__(self, log: Log, journal: Journal | None = None) -> None:
+        self.stats = IngestStats()
+        self._log, self._journal = log, journal
+        self._pending: list[_Pending] = []
+        self._again: set[BootKey] = set()
+
+    def admit(self, robot_id: str, boot_id: str, spec: RobotSpec) -> int:
+        """Stores the spec of a robot that said HELLO.
+
+        Returns:
+            The highest durable seq of this boot, 0 for none.
+
+        Raises:
+            DiskFull, StorageError: The spec could not be stored.
+        """
+        self._log.add_spec(spec)
+        return self._log.high_water(robot_id, boot_id)
+
+    def offer(self, robot_id: str, fields: dict[str, Any], payload: bytes | memoryview) -> None:
+        """Takes one FRAGMENT message. A duplicate is dropped here and acknowledged again by ``commit``.
+
+        Raises:
+            FragmentRefused: The fragment breaks a rule; nothing of it is kept.
+            DiskFull, StorageError: It could not be stored.
+        """
+        boot_id, seq = fields["boot_id"], fields["seq"]
+        last = self._log.last(robot_id, boot_id)
+        if 1 <= seq <= last.seq:
+            self.stats.duplicates += 1
+            self._again.add((robot_id, boot_id))
+            return
+        try:
+            if seq != last.seq + 1:
+                raise FragmentRefused(
+                    f"seq {seq} of {robot_id}/{boot_id} after {last.seq}",
+                    rule="gapless",
+                    remedy="send again from the high-water mark",
+                )
+            fragment = self._decode(robot_id, fields, payload)
+            progress, closed = advance(Progress.from_note(last.note), fragment)
+        except FragmentRefused:
+            self.stats.refused += 1
+            raise
+        self._log.append(robot_id, boot_id, seq, fields["spec_hash"], fields["tables"], payload, progress.to_note())
+        self._pending.append(_pending(robot_id, boot_id, seq, len(payload), fragment, closed))
+
+    def _decode(self, robot_id: str, fields: dict[str, Any], payload: bytes | memoryview) -> Fragment:
+        spec = self._log.spec(fields["spec_hash"])
+        if spec is None:
+            raise FragmentRefused(
+                f"spec {fields['spec_hash']!r} of {robot_id} is not known",
+                rule="a HELLO with the spec comes before its fragments",
+            )
+        fragment = decode_fragment(fields["tables"], payload)
+        check_fragment(fragment, spec, robot_id, fields["boot_id"])
+        return fragment
+
+    def commit(self) -> list[tuple[str, str, int]]:
+        """Makes what was offered durable with one fsync.
+
+        Returns:
+            (robot_id, boot_id, seq) to be acknowledged; also for boots that only sent duplicates.
+
+        Raises:
+            DiskFull, StorageError: Nothing since the last commit is stored or may be acknowledged. The next fragments
+                of these robots are refused by the rule "gapless", until they start again from the high-water mark.
+        """
+        try:
+            newly = {(robot, boot): seq for robot, boot, seq in self._log.commit()}
+        except StorageError:
+            self._pending.clear()
+            raise
+        for key in self._again - newly.keys():
+            newly[key] = self._log.high_water(*key)
+        self._again.clear()
+        pending, self._pending = self._pending, []
+        now_ns = time.time_ns()
+        for item in pending:
+            if item.seq <= self._log.high_water(*item.key):
+                self._report(item, now_ns)
+        return [(robot, boot, seq) for (robot, boot), seq in newly.items() if seq > 0]
+
+    def _report(self, item: _Pending, now_ns: int) -> None:
+        robot, boot = item.key
+        self.stats.fragments += 1
+        self.stats.bytes += item.num_bytes
+        for source, count in zip(*np.unique(item.sources, return_counts=True), strict=True):
+            self.stats.steps[robot, source_name(int(source))] += int(count)
+        if self._journal is None:
+            return
+        if len(item.time_ns):
+            self._journal.write("durable", robot=robot, boot=boot, seq=item.seq, latency_ms=latencies_ms(item.time_ns, now_ns))
+        for episode in item.episodes:
+            self._journal.write("episode", robot=robot, boot=boot, **episode)
+
+
+def source_name(source: int) -> str:
+    """ "policy", "operator", "script" or "demo"."""
+    return Source(source).name.lower()
+
+
+def latencies_ms(time_ns: np.ndarray, now_ns: int) -> list[float]:
+    """Milliseconds from each step until now, rounded to 0.1."""
+    return [float(ms) for ms in np.round((now_ns - time_ns) / 1e6, 1)]
+
+
+def advance(before: Progress, fragment: Fragment) -> tuple[Progress, tuple[dict[str, Any], ...]]:
+    """Where the boot is after this fragment, and the closed episodes as the journal's fields.
+
+    An episode may be left without a closed row (the robot's disk was full); a new one always starts at frame 0.
+
+    Raises:
+        FragmentRefused: The fragment does not continue its episode.
+    """
+    after = before
+    episodes = fragment.tables["episodes"].to_pylist() if "episodes" in fragment.tables else []
+    for row in episodes:
+        if row["event"] not in ("opened", "closed", "dropped"):
+            raise FragmentRefused(f"episode event {row['event']!r}", rule="opened, closed or dropped")
+        if row["event"] == "opened" and row["episode_id"] != after.episode_id:
+            after = _begin(after, row["episode_id"])
+    steps = fragment.tables.get("steps")
+    if steps is not None:
+        after = _add_steps(after, steps)
+    closed = []
+    for row in episodes:
+        if row["event"] == "opened":
+            continue
+        if row["event"] == "dropped":
+            after = after if row["episode_id"] == after.episode_id else _begin(after, row["episode_id"])
+            after = dataclasses.replace(after, is_open=False)
+            continue
+        if row["episode_id"] != after.episode_id or not after.is_open:
+            raise FragmentRefused(
+                f"a closed row of episode {row['episode_id']} after episode {after.episode_id}, open: {after.is_open}",
+                rule="the open episode is closed, once",
+            )
+        after = dataclasses.replace(after, is_open=False)
+        closed.append(_closed_fields(row, after))
+    return after, tuple(closed)
+
+
+def _begin(before: Progress, episode_id: int) -> Progress:
+    if episode_id <= before.episode_id:
+        raise FragmentRefused(
+            f"episode {episode_id} after episode {before.episode_id}", rule="episode ids count up within a boot"
+        )
+    return Progress(episode_id, 0, True)
+
+
+def _add_steps(before: Progress, steps: pa.RecordBatch) -> Progress:
+    episode, frame = steps.column("episode_id").to_numpy(), steps.column("frame_index").to_numpy()
+    first, last = int(episode[0]), int(episode[-1])
+    if first != last:
+        raise FragmentRefused(f"steps of episodes {first} to {last}", rule="a fragment holds steps of one episode")
+    current = before if first == before.episode_id else _begin(before, first)
+    if not current.is_open:
+        raise FragmentRefused(f"steps of episode {first}", rule="an episode does not go on after its end")
+    if int(frame[0]) != current.next_frame:
+        raise FragmentRefused(
+            f"frame {int(frame[0])} of episode {first} where {current.next_frame} comes next",
+            rule="frames follow each other without a gap",
+        )
+    sources = steps.column("source").to_numpy()
+    if int(sources.max()) >= len(Source):
+        raise FragmentRefused(f"source {int(sources.max())}", rule=f"one of {[int(s) for s in Source]}")
+    counts = np.bincount(sources, minlength=len(Source))
+    return Progress(
+        first,
+        int(frame[-1]) + 1,
+        True,
+        current.operator_steps + int(steps.column("intervention").to_numpy(zero_copy_only=False).sum()),
+        tuple(int(a + b) for a, b in zip(current.steps_by_source, counts, strict=True)),
+    )
+
+
+def _closed_fields(row: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    names = ("episode_id", "task", "outcome", "judge", "length", "first_version", "last_version")
+    source = source_name(int(np.argmax(progress.steps_by_source)))
+    return {**{name: row[name] for name in names}, "operator_steps": progress.operator_steps, "source": source}
+
+
+def _pending(
+    robot_id: str, boot_id: str, seq: int, num_bytes: int, fragment: Fragment, closed: tuple[dict[str, Any], ...]
+) -> _Pending:
+    steps = fragment.tables.get("steps")
+    if steps is None:
+        time_ns, sources = np.empty(0, np.int64), np.empty(0, np.uint8)
+    else:
+        time_ns, sources = np.array(steps.column("time_ns")), np.array(steps.column("source"))
+    return _Pending((robot_id, boot_id), seq, num_bytes, time_ns, sources, closed)

@@ -1,0 +1,231 @@
+"""The log's writer: append fragments, commit a group of them with one fsync, recover after a kill or a power loss.
+
+``append`` gives a fragment to the operating system, ``commit`` makes everything appended durable and only then
+visible to readers. What ``commit`` did not return was not stored: after an error the group is forgotten, the
+high-water marks go back to what is durable, and robots resend from there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from buffer.segment import (
+    BootKey,
+    Mark,
+    Marks,
+    Recovered,
+    SegmentWriter,
+    list_segments,
+    pack_marks,
+    read_marks,
+    read_state_file,
+    recover_segment,
+)
+from fleet.errors import SpecError, StorageError
+from fleet.files import Files, FolderLock, storage_errors
+from fleet.record import packed_size
+from fleet.spec import RobotSpec
+
+SEGMENT_BYTES = 256 * 1024 * 1024
+_KEY_BYTES = 64 * 1024  # more than a FRAGMENT header can carry
+
+
+class Log:
+    """One process writes; a second one is refused.
+
+    Args:
+        folder: The run's buffer folder.
+        files: The seam for file calls.
+        segment_bytes: A segment is sealed before it would grow beyond this.
+
+    Attributes:
+        recovered: Segments that the last writer had left unsealed, with what was found in them.
+
+    Raises:
+        RunFolderError: Another process writes to this log.
+        StorageError: The disk cannot be read, or does not confirm what is already there.
+    """
+
+    def __init__(self, folder: Path, *, files: Files | None = None, segment_bytes: int = SEGMENT_BYTES) -> None:
+        self._files, self._segment_bytes = files or Files(), segment_bytes
+        self._folder, self._specs_folder = folder, folder / "specs"
+        with storage_errors(f"opening the log in {folder}"):
+            self._specs_folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(folder, "log")
+            # Names that a killed writer made are only seen, not yet durable.
+            for path in (self._specs_folder, folder, folder.parent):
+                self._files.fsync_dir(path)
+        self._specs: dict[str, RobotSpec] = {}
+        self._active: SegmentWriter | None = None
+        self._unreported: set[BootKey] = set()
+        names = list_segments(folder)
+        self._next_number = names[-1].number + 1 if names else 1
+        self.recovered = self._recover()
+        self._durable = self._read_marks()
+        self._marks = dict(self._durable)
+
+    def _recover(self) -> tuple[Recovered, ...]:
+        """Seals every segment that is not, newest first: each ends where the next one's marks say."""
+        done, next_marks = [], None
+        for name in reversed(list_segments(self._folder)):
+            state = read_state_file(name.state_path)
+            if state is None or not state.sealed:
+                done.append(recover_segment(self._files, name, next_marks))
+                state = read_state_file(name.state_path)
+            header = read_marks(name, state.length if state else 0, header_only=True)
+            next_marks = next_marks if header is None else header
+        return tuple(reversed(done))
+
+    def _read_marks(self) -> Marks:
+        """Marks of the newest segment with an intact header; what lies in segments after it is added."""
+        names = list_segments(self._folder)
+        marks: Marks = {}
+        for name in reversed(names):
+            state = read_state_file(name.state_path)
+            found = read_marks(name, state.length if state else 0)
+            for key, mark in (found or {}).items():
+                if mark.seq > marks.get(key, Mark()).seq:
+                    marks[key] = mark
+            if found is not None:
+                break
+        return marks
+
+    def add_spec(self, spec: RobotSpec) -> None:
+        """Stores a spec durably. Called before the first fragment that names it.
+
+        Raises:
+            DiskFull, StorageError: The spec is not stored.
+        """
+        if spec.hash in self._specs:
+            return
+        path = self._specs_folder / f"{spec.hash}.json"
+        if not path.exists():
+            with storage_errors(f"storing spec {spec.hash}"):
+                self._files.write_atomic(path, json.dumps(spec.to_dict()).encode())
+        self._specs[spec.hash] = spec
+
+    def spec(self, spec_hash: str) -> RobotSpec | None:
+        """A spec that was added, also by an earlier process; None if it never was."""
+        if spec_hash not in self._specs:
+            spec = load_spec(self._folder, spec_hash)
+            if spec is None:
+                return None
+            self._specs[spec_hash] = spec
+        return self._specs[spec_hash]
+
+    def high_water(self, robot_id: str, boot_id: str) -> int:
+        """The highest seq that is durable, 0 for none: what a robot may forget."""
+        return self._durable.get((robot_id, boot_id), Mark()).seq
+
+    def last(self, robot_id: str, boot_id: str) -> Mark:
+        """The newest appended fragment, durable or not."""
+        return self._marks.get((robot_id, boot_id), Mark())
+
+    def append(
+        self,
+        robot_id: str,
+        boot_id: str,
+        seq: int,
+        spec_hash: str,
+        tables: Mapping[str, int],
+        payload: bytes | memoryview,
+        note: tuple[Any, ...] = (),
+    ) -> None:
+        """Appends one fragment as received. It is not durable before ``commit`` returns it.
+
+        Args:
+            note: Small plain data kept beside the newest fragment of each (robot, boot), also across segments.
+
+        Raises:
+            DiskFull: No room. Earlier fragments of the group are unaffected; try again when there is room.
+            StorageError: The disk failed.
+        """
+        key = {
+            "robot": robot_id,
+            "boot": boot_id,
+            "seq": seq,
+            "spec_hash": spec_hash,
+            "tables": dict(tables),
+            "recv_ns": time.time_ns(),
+            "note": note,
+        }
+        if self._active is not None and not self._active.fits(_KEY_BYTES, len(payload)):
+            self._end_segment()
+        if self._active is None:
+            self._active = self._new_segment(len(payload))
+        self._active.append(key, payload)
+        self._marks[robot_id, boot_id] = Mark(seq, note)
+        self._unreported.add((robot_id, boot_id))
+
+    def commit(self) -> list[tuple[str, str, int]]:
+        """Makes everything appended durable with one fsync.
+
+        Returns:
+            (robot_id, boot_id, seq) for each boot that got further since the last call.
+
+        Raises:
+            DiskFull, StorageError: Nothing of this group is stored, and its segment is abandoned.
+        """
+        if self._active is not None:
+            if self._active.written > self._active.committed:
+                self._sync(self._active)
+            if self._active.broken:
+                self._end_segment()
+        newly = [(robot, boot, self._durable[robot, boot].seq) for robot, boot in sorted(self._unreported)]
+        self._unreported.clear()
+        return newly
+
+    def close(self) -> None:
+        """Seals the active segment; fragments that were not committed are not stored. Another process may open the log then."""
+        if self._active is not None:
+            self._active.seal()
+            self._active = None
+        self._lock.release()
+
+    def _new_segment(self, payload_length: int) -> SegmentWriter:
+        marks_length = len(pack_marks(self._durable))
+        room = packed_size(_KEY_BYTES, marks_length) + packed_size(_KEY_BYTES, payload_length)
+        number, self._next_number = self._next_number, self._next_number + 1
+        return SegmentWriter(self._files, self._folder, number, self._durable, max(self._segment_bytes, room))
+
+    def _end_segment(self) -> None:
+        if self._active is not None:
+            if self._active.written > self._active.committed:
+                self._sync(self._active)
+            self._active.seal()
+            self._active = None
+
+    def _sync(self, segment: SegmentWriter) -> None:
+        try:
+            segment.sync()
+        except StorageError:
+            # What a failed fsync left behind may be lost although a second fsync would succeed: never use it again.
+            segment.seal()
+            self._active = None
+            self._marks = dict(self._durable)
+            self._unreported.clear()
+            raise
+        for key in self._unreported:
+            self._durable[key] = self._marks[key]
+
+
+def load_spec(folder: Path, spec_hash: str) -> RobotSpec | None:
+    """A spec of the log in ``folder``; None where there is none of this hash.
+
+    Raises:
+        SpecError: The file is damaged.
+    """
+    path = folder / "specs" / f"{spec_hash}.json"
+    if not path.is_file() or path.parent != folder / "specs":
+        return None
+    try:
+        spec = RobotSpec.from_dict(json.loads(path.read_bytes()))
+    except ValueError as error:
+        raise SpecError(f"{path} cannot be read: {error}", rule="a spec is JSON") from None
+    if spec.hash != spec_hash:
+        raise SpecError(f"{path} has the hash {spec.hash}", rule="a spec's file is named by its hash")
+    return spec

@@ -3,9 +3,9 @@
 A journal is for people: it is written without fsync and nothing depends on it. Every line has ``time_ns`` and
 ``kind``. Kinds, by the process that writes them:
 
-gateway: ``durable`` (robot, boot, seq, latency_ms: one number a step, executed -> fsynced), ``episode`` (robot, boot,
+gateway: ``durable`` (robot, boot, seq, latency_ms: one number a step, executed -> fsynced; steps: by source), ``episode`` (robot, boot,
     episode_id, task, outcome, judge, length, operator_steps, source, first_version, last_version), ``member`` (robot,
-    event: joined | left | lost), ``loaded`` (robot, version, latency_ms: published -> in the robot's policy),
+    event: joined | left | lost | replaced), ``loaded`` (robot, version, latency_ms: published -> in the robot's policy),
     ``refused`` (robot, error)
 learner: ``sampleable`` (robot, seq, latency_ms: one number a step, executed -> in the sampler), ``update`` (step, loss,
     updates_per_s), ``published`` (version, step), ``checkpoint`` (step), ``resumed`` (step, version), ``waiting`` (why)
@@ -21,17 +21,28 @@ from typing import Any, TextIO
 
 
 class Journal:
-    """Appends to one file. One process a file."""
+    """Appends to one file. One process a file.
+
+    Attributes:
+        num_dropped: Facts that could not be written, for example on a full disk. They stop nobody.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: TextIO = path.open("a", encoding="utf-8", buffering=1)
+        self.num_dropped = 0
 
     def write(self, kind: str, **fields: Any) -> None:
-        self._file.write(json.dumps({"time_ns": time.time_ns(), "kind": kind, **fields}) + "\n")
+        try:
+            self._file.write(json.dumps({"time_ns": time.time_ns(), "kind": kind, **fields}) + "\n")
+        except OSError:
+            self.num_dropped += 1
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError:
+            self.num_dropped += 1
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,87 @@
+"""Behaviour cloning: what the start policy is trained with, and the control that HG-DAgger is compared with.
+
+    loss = E over demonstrations of the policy's imitation loss
+
+Left out: nothing of the method. The first update of a fleet is this.
+
+Shape suffixes: B batch, H chunk length, A action dims.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from algorithms.base import Batch, LossOutput, Part, generator
+from algorithms.ema import Ema
+from algorithms.policies.base import Chunk
+from fleet.batch import BatchNeeds
+from fleet.errors import ConfigError
+from fleet.robot import Source
+
+
+@dataclasses.dataclass
+class BcConfig:
+    learning_rate: float = 1e-3
+    """AdamW's."""
+    weight_decay: float = 1e-2
+    """AdamW's decoupled weight decay."""
+    batch_size: int = 256
+    """B, windows a step."""
+    ema_decay: float = 0.995
+    """Of the average that acts; 0 publishes the newest weights."""
+    seed: int = 0
+    """Of whatever noise the policy's loss draws."""
+
+
+class Bc:
+    """Implements ``algorithms.base.Algorithm`` with one part, "policy"."""
+
+    name = "bc"
+    Config = BcConfig
+
+    def __init__(self, policy: Any, config: BcConfig) -> None:
+        if not 0 <= config.ema_decay < 1 or config.batch_size < 1:
+            raise ConfigError(
+                f"bc has ema_decay {config.ema_decay}, batch_size {config.batch_size}",
+                rule="0 <= ema_decay < 1, batch_size >= 1",
+            )
+        self.config, self._policy, self._step = config, policy, 0
+        self._ema = Ema(policy, config.ema_decay)
+        self.parts = {"policy": Part(policy, self._make_optimizer)}
+        self.frozen: dict[str, nn.Module] = {}
+        self.needs = BatchNeeds(config.batch_size, policy.spec.horizon, tuple(policy.spec.reads), {(Source.DEMO,): 1.0})
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch
+
+    def loss(self, part: str, micro: Batch) -> LossOutput:
+        """The mean over all valid actions of the batch."""
+        noise = self._policy.noise(len(micro.actions_BHA), generator(self.config.seed, self._step))
+        mask_BH = micro.mask_BH.float()
+        loss_B = self._policy.imitation_loss(micro.obs, Chunk(micro.actions_BHA), mask_BH, noise)
+        num_valid_B = mask_BH.sum(-1)
+        return LossOutput((loss_B * num_valid_B).sum(), num_valid_B.sum(), loss_B.detach(), {})
+
+    def after_step(self, step: int, stats: Mapping[str, float]) -> None:
+        """``step`` counts from 0."""
+        self._ema.update(step)
+        self._step = step + 1
+
+    def acting(self) -> nn.Module:
+        """The moving average."""
+        return self._ema.module
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self._step, "ema": self._ema.module.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._step = int(state["step"])
+        self._ema.module.load_state_dict(state["ema"])
+
+    def _make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay)

@@ -1,0 +1,120 @@
+"""HG-DAgger in a fleet: imitate the demonstrations and what operators do when they take over.
+
+    loss = E over demonstrations and operator steps of the policy's imitation loss         (HG-DAgger, arXiv 1810.02890)
+
+The policy's own steps are never targets. Each batch is half demonstrations, half operator steps (uniform replay
+lets whichever is larger drown the other). As in SOP (arXiv 2601.03044) everything streams
+into one buffer and one policy serves all tasks.
+
+Left out of HG-DAgger: the doubt threshold learnt from an ensemble, because here an operator decides when to take over.
+Left out of SOP: its loss-weighted share of online data per task (its coefficient is not published; half and half is within its
+clip range [0.2, 0.8]), and weights that change only between episodes (here they change between chunks).
+
+Shape suffixes: B batch, H chunk length, A action dims.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from algorithms.base import Batch, LossOutput, Part, generator
+from algorithms.ema import Ema
+from algorithms.policies.base import Chunk
+from fleet.batch import BatchNeeds
+from fleet.errors import ConfigError
+from fleet.robot import Source
+
+
+@dataclasses.dataclass
+class HgDaggerConfig:
+    start_learning_rate: float = 1e-3
+    """AdamW's learning rate in the first ``start_steps``, on demonstrations alone or nearly so."""
+    start_steps: int = 2000
+    """Steps of the start."""
+    learning_rate: float = 5e-4
+    """Learning rate afterwards, while the data grows."""
+    weight_decay: float = 1e-2
+    """AdamW's decoupled weight decay."""
+    batch_size: int = 256
+    """B, windows a step."""
+    operator_share: float = 0.5
+    """Fraction of a batch from operator steps; the rest are demonstrations. Whoever has no data leaves it all to the other."""
+    ema_decay: float = 0.995
+    """Of the average that acts; 0 publishes the newest weights."""
+    seed: int = 0
+    """Of whatever noise the policy's loss draws."""
+
+
+class HgDagger:
+    """Implements ``algorithms.base.Algorithm`` with one part, "policy"."""
+
+    name = "hg_dagger"
+    Config = HgDaggerConfig
+
+    def __init__(self, policy: Any, config: HgDaggerConfig) -> None:
+        if not 0 < config.operator_share < 1 or not 0 <= config.ema_decay < 1 or config.batch_size < 1:
+            raise ConfigError(
+                f"hg_dagger has operator_share {config.operator_share}, ema_decay {config.ema_decay}, "
+                f"batch_size {config.batch_size}",
+                rule="0 < operator_share < 1, 0 <= ema_decay < 1, batch_size >= 1",
+            )
+        self.config, self._policy, self._step = config, policy, 0
+        self._ema = Ema(policy, config.ema_decay)
+        self._optimizer: torch.optim.Optimizer | None = None
+        self.parts = {"policy": Part(policy, self._make_optimizer)}
+        self.frozen: dict[str, nn.Module] = {}
+        shares: dict[tuple[Source, ...], float] = {
+            (Source.DEMO,): 1 - config.operator_share,
+            (Source.OPERATOR,): config.operator_share,
+        }
+        self.needs = BatchNeeds(config.batch_size, policy.spec.horizon, tuple(policy.spec.reads), shares)
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch
+
+    def loss(self, part: str, micro: Batch) -> LossOutput:
+        """The mean over all valid actions of the batch: a window cut by a takeover counts by what is left of it."""
+        noise = self._policy.noise(len(micro.actions_BHA), generator(self.config.seed, self._step))
+        mask_BH = micro.mask_BH.float()
+        loss_B = self._policy.imitation_loss(micro.obs, Chunk(micro.actions_BHA), mask_BH, noise)
+        num_valid_B = mask_BH.sum(-1)
+        stats = {}
+        for source in (Source.DEMO, Source.OPERATOR):
+            weight_B = num_valid_B * (micro.source_B == source)
+            stats[f"loss_{source.name.lower()}"] = ((loss_B * weight_B).sum() / weight_B.sum().clamp(min=1)).detach()
+        return LossOutput((loss_B * num_valid_B).sum(), num_valid_B.sum(), loss_B.detach(), stats)
+
+    def after_step(self, step: int, stats: Mapping[str, float]) -> None:
+        """``step`` counts from 0."""
+        self._ema.update(step)
+        self._step = step + 1
+        self._set_learning_rate()
+
+    def acting(self) -> nn.Module:
+        """The moving average."""
+        return self._ema.module
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self._step, "ema": self._ema.module.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._step = int(state["step"])
+        self._ema.module.load_state_dict(state["ema"])
+        self._set_learning_rate()
+
+    def _set_learning_rate(self) -> None:
+        for group in self._optimizer.param_groups if self._optimizer else ():
+            group["lr"] = self._learning_rate()
+
+    def _learning_rate(self) -> float:
+        in_start = self._step < self.config.start_steps
+        return self.config.start_learning_rate if in_start else self.config.learning_rate
+
+    def _make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        self._optimizer = torch.optim.AdamW(parameters, lr=self._learning_rate(), weight_decay=self.config.weight_decay)
+        return self._optimizer

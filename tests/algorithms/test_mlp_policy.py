@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+import torch
+
+from algorithms.policies.base import INSTRUCTION, Chunk
+from algorithms.policies.registry import build
+from fleet.errors import PolicyError
+from fleet.spec import STATE
+
+CONFIG = {"reads": {STATE: [6], "observation.effort": [2, 2]}, "action_dim": 2, "horizon": 4, "width": 32}
+B, H, A = 5, 4, 2
+
+
+def _policy(seed=0, **changes):
+    torch.manual_seed(seed)
+    return build("mlp", {**CONFIG, **changes})
+
+
+def _obs(batch=B):
+    g = torch.Generator().manual_seed(1)
+    shapes = {STATE: (6,), "observation.effort": (2, 2), INSTRUCTION: (32,)}
+    return {name: torch.randn(batch, *shape, generator=g) for name, shape in shapes.items()}
+
+
+def test_act_is_deterministic_without_noise_and_a_gaussian_with_it():
+    policy = _policy()
+    chunk = policy.act(_obs())
+    assert chunk.actions_BHA.shape == (B, H, A) and chunk.log_prob_BT.shape == (B, H)
+    torch.testing.assert_close(chunk.actions_BHA, policy.act(_obs()).actions_BHA)
+    one = {name: value[:1].expand(4000, *value.shape[1:]) for name, value in _obs().items()}
+    samples = policy.act(one, policy.noise(4000, torch.Generator().manual_seed(0))).actions_BHA
+    torch.testing.assert_close(samples.std(0), policy.log_std_A.exp().expand(H, A), rtol=0.05, atol=0)
+    torch.testing.assert_close(samples.mean(0), chunk.actions_BHA[0], rtol=0, atol=0.02)
+
+
+def test_log_prob_is_the_density_of_each_step():
+    policy = _policy()
+    with torch.no_grad():
+        policy.log_std_A.copy_(torch.tensor([-1.0, 0.5]))
+    noise = policy.noise(B, torch.Generator().manual_seed(0))
+    chunk = policy.act(_obs(), noise)
+    mean = policy.act(_obs()).actions_BHA
+    expected = torch.distributions.Normal(mean, policy.log_std_A.exp()).log_prob(chunk.actions_BHA).sum(-1)
+    torch.testing.assert_close(chunk.log_prob_BT, expected)
+    assert torch.equal(policy.log_prob(_obs(), chunk), chunk.log_prob_BT)  # ratio exactly 1 before the first update
+
+
+def test_imitation_loss_is_masked_l1():
+    policy = _policy()
+    mean = policy.act(_obs()).actions_BHA.detach()
+    actions = mean + torch.tensor([0.3, -0.1])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]]).float()
+    actions[mask == 0] = float("nan")  # padding may be anything
+    loss = policy.imitation_loss(_obs(), Chunk(actions), mask)
+    torch.testing.assert_close(loss, torch.tensor([0.2, 0.2, 0.2, 0.0, 0.2]))
+    loss.sum().backward()
+    gradients = [p.grad for name, p in policy.named_parameters() if name != "log_std_A"]
+    assert all(torch.isfinite(g).all() for g in gradients) and policy.log_std_A.grad is None
+    head = policy.head.weight.grad.unflatten(0, (H, A)).abs().sum((1, 2))
+    assert (head > 0).all()
+    one = policy.imitation_loss({n: v[1:2] for n, v in _obs().items()}, Chunk(actions[1:2]), mask[1:2])
+    policy.zero_grad()
+    one.sum().backward()
+    head = policy.head.weight.grad.unflatten(0, (H, A)).abs().sum((1, 2))
+    assert head[0] > 0 and (head[1:] == 0).all()
+
+
+def test_statistics_travel_with_the_weights_and_normalise():
+    policy, obs = _policy(), _obs()
+    before = policy.act(obs).actions_BHA
+    mean = {STATE: np.full(6, 10.0), "observation.effort": np.full((2, 2), -3.0)}
+    std = {STATE: np.full(6, 2.0), "observation.effort": np.full((2, 2), 0.5)}
+    policy.set_statistics(mean, std)
+    shifted = {
+        STATE: obs[STATE] * 2 + 10,
+        "observation.effort": obs["observation.effort"] * 0.5 - 3,
+        INSTRUCTION: obs[INSTRUCTION],
+    }
+    torch.testing.assert_close(policy.act(shifted).actions_BHA, before, rtol=1e-4, atol=1e-5)
+    other = build(policy.family, policy.config)
+    other.load_state_dict(policy.state_dict())
+    torch.testing.assert_close(other.act(shifted).actions_BHA, policy.act(shifted).actions_BHA)
+    policy.set_statistics(mean, {name: value * 0 for name, value in std.items()})
+    far = {name: value * 1e9 for name, value in obs.items()} | {INSTRUCTION: obs[INSTRUCTION]}
+    assert policy.act(far).actions_BHA.abs().max() < 100
+    with pytest.raises(PolicyError, match=r"observation\.effort"):
+        policy.set_statistics({STATE: np.zeros(6)}, std)
+    with pytest.raises(PolicyError, match="finite"):
+        policy.set_statistics({**mean, STATE: np.full(6, np.nan)}, std)
+
+
+def test_the_instruction_matters_and_can_be_left_out():
+    policy, obs = _policy(), _obs()
+    moved = policy.act({**obs, INSTRUCTION: -obs[INSTRUCTION]}).actions_BHA
+    assert (moved - policy.act(obs).actions_BHA).abs().max() > 1e-3
+    single = _policy(instruction_dim=0)
+    assert single.spec.conditions == {} and single.act(
+        {n: v for n, v in obs.items() if n != INSTRUCTION}
+    ).actions_BHA.shape == (B, H, A)
+    assert single.embed(obs).shape == (B, 32)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "said"),
+    [
+        ("mpl", CONFIG, "did you mean 'mlp'"),
+        ("mlp", {**CONFIG, "horizn": 3}, "did you mean 'horizon'"),
+        ("mlp", {"reads": {STATE: [6]}}, "action_dim"),
+        ("mlp", {**CONFIG, "horizon": 0}, "sizes are at least 1"),
+        ("mlp", {**CONFIG, "reads": {}}, "reads is not empty"),
+    ],
+)
+def test_refusals(family, config, said):
+    with pytest.raises(PolicyError) as caught:
+        build(family, config)
+    assert said in str(caught.value)

@@ -21,8 +21,9 @@ from actors.policy_runner import PolicyRunner
 from actors.records import RecordKind
 from actors.ring import Ring, RingClosed
 from actors.uplink import Uplink
-from fleet.errors import FleetError, PolicyError, StorageError
+from fleet.errors import FleetError, FragmentRefused, PolicyError, StorageError
 from fleet.robot import Source
+from fleet.schema import check_fragment, decode_fragment
 from fleet.spec import RobotSpec
 from fleet.spool import Spool
 
@@ -138,11 +139,13 @@ class Uplinker:
     ``failure`` holds the error that ended it, for the main thread to raise.
     """
 
-    def __init__(self, spec: RobotSpec, spool: Spool, uplink: Uplink, runner: PolicyRunner, cuts: queue.Queue[Rows]) -> None:
-        self.spec, self.spool, self.uplink, self.runner, self.cuts = spec, spool, uplink, runner, cuts
+    def __init__(
+        self, robot_id: str, spec: RobotSpec, spool: Spool, uplink: Uplink, runner: PolicyRunner, cuts: queue.Queue[Rows]
+    ) -> None:
+        self.robot_id, self.spec, self.spool, self.uplink, self.runner, self.cuts = robot_id, spec, spool, uplink, runner, cuts
         self.failure: FleetError | None = None
-        self.welcomed = threading.Event()
-        self.dropped_fragments = 0
+        self.lost_steps = 0
+        self._lost_episode = -1
         self._warned: collections.Counter[str] = collections.Counter()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="uplink", daemon=True)
@@ -174,13 +177,19 @@ class Uplinker:
         wrote = False
         while not self.cuts.empty():
             rows = self.cuts.get_nowait()
-            directory, payload = encode_rows(self.spec, rows)
+            episode = _episode_of(rows)
             try:
-                self.spool.append(self.spec.hash, directory, payload, _episode_of(rows))
+                if episode == self._lost_episode:
+                    raise FragmentRefused(f"a part of episode {episode} was refused", rule="an episode has no gaps")
+                directory, payload = encode_rows(self.spec, rows)
+                # What the gateway would refuse must not get a number: it would be sent again for ever.
+                check_fragment(decode_fragment(directory, payload), self.spec, self.robot_id, self.spool.boot_id)
+                self.spool.append(self.spec.hash, directory, payload, episode)
                 wrote = True
-            except StorageError as error:
-                self.dropped_fragments += 1
-                self._warn("spool", f"this robot's disk takes nothing more, {self.dropped_fragments} fragments lost: {error}")
+            except (FragmentRefused, StorageError) as error:
+                self._lost_episode = episode
+                self.lost_steps += len(rows.get("steps", []))
+                self._warn(error.code, f"{self.lost_steps} steps of this robot are lost: {error}")
         if wrote:
             self.spool.flush()
 

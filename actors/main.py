@@ -62,7 +62,7 @@ class Actor:
         self.runner = PolicyRunner(self.spec, {})
         self.uplink = Uplink(self.link, self.spool, self.spec, self.mailbox, self._welcome, self._metrics)
         self.cuts: queue.Queue[Any] = queue.Queue(256)
-        self.uplinker = Uplinker(self.spec, self.spool, self.uplink, self.runner, self.cuts)
+        self.uplinker = Uplinker(self.credential.robot_id, self.spec, self.spool, self.uplink, self.runner, self.cuts)
 
     def run(self) -> None:
         """Works until the stated number of episodes is done, or ``stop`` is set.
@@ -137,7 +137,8 @@ class Actor:
     def _metrics(self) -> dict[str, float]:
         late, self.counters.late_ms_max = self.counters.late_ms_max, 0.0
         spool = {"spool": self.spool.num_pending, "spool_bytes": self.spool.bytes_pending, "dropped_steps": self.spool.dropped_steps}
-        return {**dataclasses.asdict(self.counters), **spool, "late_ms_max": late, "version": self.runner.version}
+        here = {"late_ms_max": late, "version": self.runner.version, "lost_steps": self.uplinker.lost_steps}
+        return {**dataclasses.asdict(self.counters), **spool, **here}
 
     def _raise_failure(self) -> None:
         if self.uplinker.failure is not None:

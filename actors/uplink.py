@@ -14,7 +14,7 @@ from actors.mailbox import Mailbox
 from fleet import __version__
 from fleet.errors import FleetError, ProtocolError, ReleaseError
 from fleet.spec import RobotSpec
-from fleet.spool import Spool, SpooledFragment
+from fleet.spool import Spool
 from fleet.transport import RobotLink
 from fleet.wire import PROTOCOLS, Kind, Message
 
@@ -52,8 +52,7 @@ class Uplink:
         self._on_welcome, self._metrics = on_welcome, metrics
         self.connected = False
         self._boot = spool.boot_id
-        self._unacknowledged = 0
-        self._next: SpooledFragment | None = None  # taken from the spool, not sent yet
+        self._unacknowledged = self._connects = 0
         self._last_heard = self._last_hello = self._last_beat = -1e9
 
     def run_once(self, timeout_s: float) -> None:
@@ -63,8 +62,9 @@ class Uplink:
             Refused: The gateway refused this robot for a reason that will not pass by itself.
         """
         now = time.monotonic()
-        if self.connected and now - self._last_heard > LOST_AFTER_S:
+        if self.link.connects != self._connects or now - self._last_heard > LOST_AFTER_S:
             self.connected = False
+        self._connects = self.link.connects
         if not self.connected:
             self._hello(now)
         else:
@@ -92,7 +92,6 @@ class Uplink:
     def _hello(self, now: float) -> None:
         if now - self._last_hello < HELLO_EVERY_S:
             return
-        self._last_hello = now
         self._boot = self.spool.boots()[0]
         fields = {
             "protocols": list(PROTOCOLS),
@@ -101,18 +100,18 @@ class Uplink:
             "spec": self.spec.to_dict(),
             "spec_hash": self.spec.hash,
         }
-        self.link.send(Message(Kind.HELLO, fields))
+        if self.link.send(Message(Kind.HELLO, fields)):
+            self._last_hello = now
 
     def _send_fragments(self) -> None:
-        while self._unacknowledged < MAX_UNACKNOWLEDGED:
-            self._next = self._next or self.spool.next_unsent()
-            if self._next is None or self._next.boot_id != self._boot:
+        while self._unacknowledged < MAX_UNACKNOWLEDGED and (fragment := self.spool.next_unsent()) is not None:
+            fields = {name: getattr(fragment, name) for name in ("boot_id", "seq", "spec_hash")}
+            fields["tables"] = dict(fragment.tables)
+            mine = fragment.boot_id == self._boot
+            if not mine or not self.link.send(Message(Kind.FRAGMENT, fields, fragment.payload)):
+                self.spool.unsend(fragment.boot_id, fragment.seq)
                 break
-            names = ("boot_id", "seq", "spec_hash")
-            fields = {name: getattr(self._next, name) for name in names} | {"tables": dict(self._next.tables)}
-            if not self.link.send(Message(Kind.FRAGMENT, fields, self._next.payload)):
-                break
-            self._next, self._unacknowledged = None, self._unacknowledged + 1
+            self._unacknowledged += 1
         if self._unacknowledged == 0 and self.spool.boots()[0] != self._boot:
             self.connected = False  # the backlog of an earlier start is done: introduce the next one
             self._last_hello = -1e9
@@ -153,12 +152,13 @@ class Uplink:
         if fields["boot_id"] != self._boot:
             return
         self.spool.rewind(self._boot, fields["seq"])
-        self._unacknowledged, self._next = 0, None
+        self._unacknowledged = 0
         self.mailbox.reconnected()
         self.connected = True
         self._on_welcome(fields["tasks"], fields["settings"])
 
     def _refused(self, error: dict[str, Any]) -> None:
         self.connected = False
-        if error.get("code") in FATAL or error.get("code") == ProtocolError.code and "protocol" in str(error.get("rule")):
+        other_version = error.get("code") == ProtocolError.code and "speaks protocols" in str(error.get("rule"))
+        if error.get("code") in FATAL or other_version:
             raise Refused(str(error.get("what")), rule=str(error.get("rule", "")), remedy=str(error.get("remedy", "")))

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,110 @@ def accepts_policy(newest_policy: dict[str, Any] | None, spec: RobotSpec) -> Non
             rule=f"the run's policy writes actions of shape ({action_dim},)",
             remedy="join a run for this robot type",
         )
+
+
+class Catalogue(Mapping[str, Any]):
+    """tasks.json of the run: instruction and embedding by task, read anew when it changes, so that tasks can be edited
+    while the run lives."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._changed_ns = path, -1
+        self._tasks: dict[str, Any] = {}
+
+    def _read(self) -> dict[str, Any]:
+        """A file that cannot be read leaves the last good one in force."""
+        try:
+            changed_ns = self._path.stat().st_mtime_ns
+            if changed_ns != self._changed_ns:
+                self._tasks, self._changed_ns = json.loads(self._path.read_text()), changed_ns
+        except (OSError, ValueError) as error:
+            log.error("%s cannot be read, the tasks stay as they were: %s", self._path, error)
+        return self._tasks
+
+    def __getitem__(self, task: str) -> Any:
+        return self._read()[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+
+def serve(run: RunFolder, config: GatewayConfig, registry_address: str, prefix: str, stop: threading.Event) -> None:
+    """Serves one shard until ``stop`` is set.
+
+    Raises:
+        FleetError: The address is taken, another process writes this log, or the disk cannot be used.
+    """
+    from buffer.ingest import Ingest
+    from buffer.log import Log
+    from fleet.metrics import GATEWAY, MeteredJournal, Metrics
+    from fleet.server.gateway import Gateway
+    from fleet.server.membership import Membership
+    from fleet.server.registry import Registry
+    from fleet.server.releases import ReleaseStore
+    from fleet.transport_zmq import ZmqServerLink
+
+    metrics = Metrics(GATEWAY)
+    journal = MeteredJournal(run.logs / "gateway.jsonl", metrics)
+    releases = ReleaseStore(run.releases)
+    shard = Log(run.buffer)
+    link = ZmqServerLink(bind_address(run, config), run.keys)
+    registry = Registry(registry_address, prefix)
+
+    def accepts(spec: RobotSpec) -> None:
+        newest = releases.newest()
+        accepts_policy(None if newest is None else dict(releases.manifest(newest).policy["spec"]), spec)
+
+    gateway = Gateway(
+        link,
+        run_id=run.run_id,
+        tasks=Catalogue(run.path / "tasks.json"),
+        settings={},
+        ingest=Ingest(shard, journal),
+        releases=releases,
+        membership=Membership(),
+        accepts=accepts,
+        journal=journal,
+        metrics=metrics,
+        view=registry,
+        commit_s=config.commit_ms / 1000,
+    )
+    link.on_malformed = gateway.count_malformed
+    port = metrics.serve(config.metrics_port)
+    facts = {"endpoint": advertised(link.endpoint, config), "bound": link.endpoint, "metrics_port": port}
+    write_atomic(endpoint_file(run), json.dumps(facts))
+    try:
+        gateway.run(stop)
+    finally:
+        link.close()
+        shard.close()
+        registry.close()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Whoever reads sees the old or the new text, never half of it."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def main() -> None:
+    from fleet.server.registry import RegistryConfig, registry_url
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda signum, frame: stop.set())
+    try:
+        run = RunFolder.open(Path(sys.argv[1]))
+        tables = load_run(run.config, {"gateway": GatewayConfig, "registry": RegistryConfig})
+        serve(run, tables["gateway"], registry_url(run.registry, run.config), tables["registry"].prefix, stop)
+    except FleetError as error:
+        log.error("%s", error)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

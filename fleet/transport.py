@@ -26,7 +26,9 @@ class Peer:
 
 
 class RobotLink(Protocol):
-    """The robot's end."""
+    """The robot's end. ``connects`` counts the connections that came about: each needs a HELLO of its own."""
+
+    connects: int
 
     def send(self, message: Message) -> bool:
         """Queues a message. False when the queue is full or the link is closed: try again later."""
@@ -119,6 +121,7 @@ class MemoryLink:
 
     def __init__(self, hub: MemoryHub, peer: Peer, bound: int) -> None:
         self._hub, self._peer, self.inbox, self.open = hub, peer, _Queue(bound), True
+        self.connects = 1
 
     def send(self, message: Message) -> bool:
         return self.open and self._hub._inbox.put(self._peer, message)

@@ -64,7 +64,7 @@ class RunFacts:
         self.version, self.version_step, self.updates = 0, 0, 0
         self.updates_per_s = self.loss = 0.0
         self.num_resumed = 0
-        self.operator_steps = self.demo_steps = self.steps = 0
+        self.operator_steps = self.demo_steps = self.demo_episodes = self.steps = 0
         self.messages: collections.deque[str] = collections.deque(maxlen=5)
         self.latencies: dict[str, collections.deque[float]] = {
             name: collections.deque(maxlen=RECENT) for name in ("durable", "sampleable", "loaded")
@@ -108,6 +108,7 @@ class RunFacts:
         robot.task = line["task"]
         if line["source"] == "demo":
             self.demo_steps += line["length"]
+            self.demo_episodes += 1
             return
         robot.operator_steps += line["operator_steps"]
         self.operator_steps += line["operator_steps"]

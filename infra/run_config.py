@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import TABLES as ACTOR_TABLES
-from buffer.config import GatewayConfig
+from buffer.main import GatewayConfig
 from fleet.config import load_run
 from fleet.errors import ConfigError
 from fleet.runfolder import RunFolder

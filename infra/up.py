@@ -1,0 +1,199 @@
+"""The server side of a run on this machine: registry and gateway as child processes, the learner in Ray.
+
+The only truth is on disk: each of these may be killed at any time, is started again, and goes on from there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from buffer.main import endpoint_file
+from fleet.config import dump
+from fleet.errors import GatewayUnreachable, RunFolderError
+from fleet.identity import create_run_keys
+from fleet.journal import Journal
+from fleet.runfolder import RunFolder
+from fleet.server.registry import Registry, RegistryServer
+from infra.run_config import load_tables, write_catalogue
+from infra.supervisor import Child, Supervisor, last_lines
+
+START_TIMEOUT_S = 30.0
+
+
+def open_run(source: Path, overrides: list[str], *, resume: bool, runs: Path) -> tuple[RunFolder, dict[str, Any]]:
+    """A new run from a run file, or an existing one; its tables are checked before anything starts.
+
+    Raises:
+        ConfigError: The run file or an override.
+        RunFolderError: The folder holds another run, or none although ``resume`` says so.
+    """
+    if source.is_dir() or (resume and not source.suffix):
+        run = RunFolder.open(source)
+        if not resume:
+            raise RunFolderError(f"{source} holds a run", rule="a run is gone on with on purpose", remedy="add --resume")
+        return run, load_tables(run.config, overrides)
+    tables = load_tables(source, overrides)
+    path = runs / source.stem
+    if resume:
+        return RunFolder.open(path), tables
+    run = RunFolder.create(path)
+    write_run_file(run, tables)
+    return run, tables
+
+
+def write_run_file(run: RunFolder, tables: dict[str, Any]) -> None:
+    """The run's configuration with all overrides and defaults, as it was started."""
+    import dataclasses
+
+    dump(run.config, {name: dataclasses.asdict(table) for name, table in tables.items()})
+
+
+class LocalRun:
+    """Everything of a run but its robots.
+
+    Raises:
+        RunFolderError: Another process serves this run.
+    """
+
+    def __init__(self, run: RunFolder, tables: dict[str, Any]) -> None:
+        self.run, self.tables = run, tables
+        self._lock = _lock(run)
+        create_run_keys(run.keys)
+        write_catalogue(run, tables["run"])
+        self.journal = Journal(run.logs / "supervisor.jsonl")
+        self.supervisor = Supervisor(self.journal)
+        self.registry_server: RegistryServer | None = None
+        self.registry: Registry | None = None
+        self.learner: Any = None
+
+    def start(self) -> None:
+        """Starts registry and gateway and waits until robots can connect.
+
+        Raises:
+            GatewayUnreachable: The gateway did not come up; its last words are in the error.
+        """
+        config = self.tables["registry"]
+        if not config.url:
+            self.registry_server = RegistryServer(self.run.registry)
+            self.supervisor.add(Child("registry", self.registry_server.command(), self.run.logs / "registry.log"))
+        self.registry = Registry(config.url or self.registry_server.url if self.registry_server else config.url)
+        old = endpoint_file(self.run).stat().st_mtime_ns if endpoint_file(self.run).exists() else 0
+        log = self.run.logs / "gateway.log"
+        self.supervisor.add(Child("gateway", [sys.executable, "-m", "buffer.main", str(self.run.path)], log))
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not endpoint_file(self.run).exists() or endpoint_file(self.run).stat().st_mtime_ns == old:
+            gateway = self.supervisor.children["gateway"]
+            if not gateway.running or time.monotonic() > deadline:
+                self.supervisor.stop()
+                raise GatewayUnreachable(f"the gateway did not start:\n{last_lines(log)}", rule="it writes gateway.json when it listens")
+            time.sleep(0.02)
+
+    def start_cluster(self, address: str = "") -> None:
+        """Starts a local Ray, or joins the cluster at ``address``. Takes seconds; may run in a thread of its own."""
+        from learner.cluster import start_ray
+
+        start_ray(address or None)
+
+    def start_learner(self) -> None:
+        """Starts the learner in Ray, after ``start_cluster``."""
+        from learner.cluster import LearnerHandle
+
+        self.learner = LearnerHandle(self.run, self.tables)
+
+    def poll(self) -> dict[str, Any]:
+        """Keeps everything running and returns the learner's status, {} before its start.
+
+        Raises:
+            CrashLoop, LearnerError: Something cannot be kept running.
+        """
+        self.supervisor.poll()
+        if self.learner is None:
+            return {}
+        status = describe_learner(self.learner.poll())
+        if self.registry is not None:
+            self.registry.put_learner(status)
+        return status
+
+    @property
+    def endpoint(self) -> str:
+        return str(json.loads(endpoint_file(self.run).read_text())["endpoint"])
+
+    def stop(self) -> None:
+        """Ends learner (after a checkpoint), gateway and registry, in this order."""
+        if self.learner is not None:
+            from learner.cluster import stop_ray
+
+            self.learner.stop()
+            stop_ray()
+        if self.registry is not None:
+            self.registry.close()
+        self.supervisor.stop()
+        self.journal.close()
+        self._lock.close()
+
+
+def describe_learner(status: Any) -> dict[str, Any]:
+    """What people want to know of a ``learner.cluster.LearnerStatus``, as plain data."""
+    progress = status.progress
+    state = "finished" if status.done else "starting" if not status.pid else "waiting" if progress.get("waiting") else "training"
+    return {
+        "state": state,
+        "step": progress.get("step", 0),
+        "steps": progress.get("steps", 0),
+        "phase": progress.get("phase", ""),
+        "release": progress.get("release", 0),
+        "updates_per_s": round(progress.get("updates_per_s", 0.0), 1),
+        "loss": progress.get("stats", {}).get("loss"),
+        "waiting": progress.get("waiting", ""),
+        "restarts": status.restarts,
+        "last_error": status.last_error,
+        "pid": status.pid,
+    }
+
+
+def up(source: Path, overrides: list[str], *, resume: bool, runs: Path, address: str) -> None:
+    """Serves a run until SIGINT or SIGTERM, or until the learner has done its steps."""
+    run, tables = open_run(source, overrides, resume=resume, runs=runs)
+    stop = threading.Event()
+
+    def ask_to_stop(number: int, frame: object) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    local = LocalRun(run, tables)
+    try:
+        local.start()
+        print(f"run {run.run_id} in {run.path}: gateway at {local.endpoint}", flush=True)
+        print(f"  register a robot:  fleet enroll arm-07 --run {run.path}    simulate: fleet sim {run.path} --num 4", flush=True)
+        local.start_cluster(address)
+        local.start_learner()
+        said = 0.0
+        while not stop.is_set():
+            status = local.poll()
+            if time.monotonic() - said > 5:
+                said = time.monotonic()
+                print("learner " + ", ".join(f"{key} {value}" for key, value in status.items()), flush=True)
+            stop.wait(0.2)
+        print("stopping: checkpoint, then gateway and registry", flush=True)
+    finally:
+        local.stop()
+    print(f"stopped. Go on with: fleet up {run.path} --resume", flush=True)
+
+
+def _lock(run: RunFolder) -> IO[str]:
+    file = (run.path / "run.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise RunFolderError(
+            f"{run.path} is served by another process", rule="one `fleet up` a run", remedy="stop it, or start another run"
+        ) from None
+    return file

@@ -1,0 +1,66 @@
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from infra.supervisor import Child, CrashLoop, Supervisor, last_lines
+
+
+def python(code, tmp_path, name="child", once=False):
+    return Child(name, [sys.executable, "-c", code], tmp_path / f"{name}.log", once=once)
+
+
+def poll_until(supervisor, condition, timeout_s=10):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        supervisor.poll()
+        time.sleep(0.02)
+
+
+def test_a_killed_child_is_started_again(tmp_path):
+    supervisor = Supervisor()
+    child = python("import time; time.sleep(60)", tmp_path)
+    supervisor.add(child)
+    first = child.process.pid
+    os.kill(first, signal.SIGKILL)
+    poll_until(supervisor, lambda: child.running and child.process.pid != first)
+    assert child.num_restarts == 1
+    supervisor.stop()
+    assert not child.running
+
+
+def test_a_crash_loop_ends_with_the_childs_last_words(tmp_path):
+    supervisor = Supervisor()
+    supervisor.add(python("raise SystemExit('no such camera')", tmp_path))
+    with pytest.raises(CrashLoop, match="no such camera"):
+        poll_until(supervisor, lambda: False, timeout_s=30)
+
+
+def test_work_that_ends_by_itself_is_not_started_again(tmp_path):
+    supervisor = Supervisor()
+    child = python("pass", tmp_path, once=True)
+    supervisor.add(child)
+    poll_until(supervisor, lambda: child.done)
+    assert child.num_restarts == 0
+
+
+def test_work_that_fails_is_tried_again(tmp_path):
+    supervisor = Supervisor()
+    code = f"import pathlib, sys; p = pathlib.Path({str(tmp_path / 'tried')!r}); was = p.exists(); p.touch(); sys.exit(not was)"
+    child = python(code, tmp_path, once=True)
+    supervisor.add(child)
+    poll_until(supervisor, lambda: child.done)
+    assert child.num_restarts == 1
+
+
+def test_a_child_that_ignores_sigterm_is_killed(tmp_path):
+    supervisor = Supervisor()
+    child = python("import signal, time; signal.signal(15, signal.SIG_IGN); print('on', flush=True); time.sleep(60)", tmp_path)
+    supervisor.add(child)
+    poll_until(supervisor, lambda: "on" in last_lines(child.log))
+    process = child.process
+    supervisor.stop(timeout_s=0.3)
+    assert process.returncode == -signal.SIGKILL

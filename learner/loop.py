@@ -1,0 +1,350 @@
+"""The learner's loop. It drives any Algorithm and never asks which one it is:
+
+    poll the buffer -> batch -> prepare -> update each part -> after_step -> now and then: publish, checkpoint
+
+Files are written by a thread of their own from a copy taken between two updates. Randomness is a function of (seed,
+step), so a run that is stopped anywhere and resumed makes the same updates from the same data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from algorithms.base import Algorithm, Batch
+from algorithms.policies.base import INSTRUCTION
+from fleet.batch import BatchNeeds, Windows
+from fleet.errors import LearnerError, NoData
+from fleet.robot import Source
+from learner.background import Background
+from learner.checkpoint import Checkpoint, Checkpoints, freeze
+from learner.engine import Engine
+from learner.pace import Pace
+from learner.publisher import Publisher, describe, snapshot
+
+POLL_S = 0.1  # between two looks at the log
+WAIT_S = 0.02  # between two looks while there is nothing to do
+REPORT_S = 0.5
+
+
+class BatchSource(Protocol):
+    """Where batches come from: ``buffer.sampler.Sampler``."""
+
+    def poll(self) -> int: ...
+
+    def num_steps(self, source: Source | None = None) -> int: ...
+
+    def batch(self, needs: BatchNeeds, step: int) -> Windows: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A part of a run: trains with what ``build`` makes until ``until`` updates are done in all.
+
+    ``build`` None: the algorithm of the phase before goes on. The policy is shared, so its weights carry over; a new
+    algorithm brings new optimizers.
+    """
+
+    name: str
+    until: int
+    build: Callable[[], tuple[Algorithm, Engine]] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """When what is due, in updates. Nothing is published before ``first_release``; ``meta`` is kept in checkpoints."""
+
+    seed: int
+    publish_every: int
+    checkpoint_every: int
+    first_release: int
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far the run is. ``seconds``: time on the loop's thread by what it was spent on, since this process began."""
+
+    step: int = 0
+    steps: int = 0
+    phase: str = ""
+    algorithm: str = ""
+    release: int = 0
+    num_steps: int = 0
+    updates_per_s: float = 0.0
+    waiting: str = ""
+    num_replaced: int = 0
+    stats: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Loop:
+    """One run of the learner.
+
+    Args:
+        source: Where batches come from.
+        instructions_KE: Instruction embedding by index of the task.
+        report: Called with a copy of the progress every half second and at the end.
+        write: ``Journal.write``.
+    """
+
+    def __init__(
+        self,
+        source: BatchSource,
+        instructions_KE: Tensor,
+        phases: list[Phase],
+        settings: LoopSettings,
+        *,
+        device: torch.device,
+        pace: Pace,
+        publisher: Publisher,
+        checkpoints: Checkpoints,
+        report: Callable[[Progress], None],
+        write: Callable[..., None],
+    ) -> None:
+        self._source, self._instructions_KE = source, instructions_KE.to(device)
+        self._phases, self._settings, self._device, self._pace = phases, settings, device, pace
+        self._publisher, self._checkpoints, self._report, self._write = publisher, checkpoints, report, write
+        self._phase = -1
+        self._windows: Windows
+        self._algorithm: Algorithm | None = None
+        self._engine: Engine | None = None
+        self._background: Background | None = None
+        self._polled = self._reported = self._window_start = 0.0
+        self._window_step = self._saved = 0
+        self.progress = Progress(steps=phases[-1].until, release=publisher.version)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Goes on from a checkpoint; call before ``run``.
+
+        Raises:
+            LearnerError: It was made by another algorithm, or does not fit the modules.
+        """
+        meta, state = checkpoint.meta, checkpoint.state
+        self._enter(min(int(meta["phase"]), len(self._phases) - 1))
+        algorithm, engine = self._trained()
+        if algorithm.name != meta["algorithm"]:
+            raise LearnerError(
+                f"the checkpoint of step {checkpoint.step} was made by {meta['algorithm']!r}",
+                rule=f"this run's configuration says {algorithm.name!r} for that step",
+                remedy="put the algorithm back, or start a new run",
+            )
+        try:
+            for name, part in algorithm.parts.items():
+                part.module.load_state_dict(state["parts"][name])
+            algorithm.load_state_dict(state["algorithm"])
+        except (KeyError, RuntimeError) as error:
+            raise LearnerError(
+                f"the checkpoint of step {checkpoint.step} does not fit: {error}"[:500], rule="same modules, same shapes"
+            ) from None
+        engine.load_state(state["optimizers"])
+        self._pace.begin(int(meta["pace_update"]), int(meta["pace_num_steps"]))
+        self.progress.step = self._saved = checkpoint.step
+
+    def run(self, stop: Callable[[], bool]) -> Progress:
+        """Trains to the end of the last phase, or until ``stop`` says so; then what was learnt is on disk.
+
+        Raises:
+            LearnerError: A loss or gradient is not finite; it names step and algorithm, and the weights are as before.
+            FleetError: A release or a checkpoint could not be written.
+        """
+        background = self._background = Background()
+        self._window_start, self._window_step = time.monotonic(), self.progress.step
+        torch.manual_seed(self._settings.seed)
+        try:
+            self._poll(force=True)
+            while self.progress.step < self.progress.steps and not stop():
+                if self._phase < 0 or self.progress.step >= self._phases[self._phase].until:
+                    self._enter(self._phase + 1)
+                if self._wait(stop):
+                    self._update()
+                    self._keep_up()
+            if self._algorithm is not None:
+                self._checkpoint()
+            self._note(background.flush())
+        finally:
+            background.close()
+        self._tell(force=True)
+        return self.progress
+
+    def _enter(self, phase: int) -> None:
+        """Begins a phase, with a new algorithm where it names one."""
+        first = next((i for i in range(phase, -1, -1) if self._phases[i].build is not None), 0)
+        build = self._phases[first].build
+        if build is not None and (self._algorithm is None or first > self._phase):
+            self._algorithm, self._engine = build()
+        began_at = self._phases[phase - 1].until if phase else 0
+        if self._phase != phase and self.progress.step == began_at:
+            self._pace.begin(self.progress.step, self._source.num_steps())
+        self._phase = phase
+        algorithm, _ = self._trained()
+        self.progress.phase, self.progress.algorithm = self._phases[phase].name, algorithm.name
+
+    def _trained(self) -> tuple[Algorithm, Engine]:
+        if self._algorithm is None or self._engine is None:
+            raise LearnerError("the first phase of a run has no algorithm", rule="phases[0].build makes one")
+        return self._algorithm, self._engine
+
+    def _wait(self, stop: Callable[[], bool]) -> bool:
+        """Waits until the next update may be done; False when ``stop`` came first."""
+        while True:
+            with self._timed("poll"):
+                self._poll()
+            why = self._reason_to_wait()
+            if why is None or stop():
+                break
+            if not self.progress.waiting:
+                self._write("waiting", why=why, step=self.progress.step)
+            self.progress.waiting = why
+            self._note(self._background.facts() if self._background else [])
+            self._tell()
+            with self._timed("wait"):
+                time.sleep(WAIT_S)
+        self.progress.waiting = ""
+        return why is None
+
+    def _reason_to_wait(self) -> str | None:
+        """Also draws the next batch, since only that tells whether there is data of the kind that is asked for."""
+        why = self._pace_reason()
+        if why is None:
+            algorithm, _ = self._trained()
+            try:
+                with self._timed("sample"):
+                    self._windows = self._source.batch(algorithm.needs, self.progress.step)
+            except NoData as error:
+                why = f"the learner waits for data: {error.what}"
+        return why
+
+    def _pace_reason(self) -> str | None:
+        if self._phase < len(self._phases) - 1:
+            return None  # the start trains on what is there
+        return self._pace.waits_for(self.progress.step, self.progress.num_steps)
+
+    def _update(self) -> None:
+        algorithm, engine = self._trained()
+        step = self.progress.step
+        # What draws from torch's own generator (dropout, say) is a function of (seed, step) too.
+        torch.manual_seed((self._settings.seed * 1_000_003 + step) & (2**63 - 1))
+        with self._timed("prepare"), torch.no_grad():
+            batch = algorithm.prepare(self._to_batch(self._windows))
+        stats: dict[str, float] = {}
+        with self._timed("update"):
+            for part in algorithm.parts:
+                try:
+                    numbers = engine.update(part, algorithm.loss, batch)
+                except LearnerError as error:
+                    what = f"step {step} of {algorithm.name}: {error.what}"
+                    raise LearnerError(what, rule=error.rule, remedy=error.remedy) from None
+                prefix = "" if len(algorithm.parts) == 1 else f"{part}."
+                stats.update({prefix + name: value for name, value in numbers.items()})
+        with self._timed("after_step"):
+            algorithm.after_step(step, stats)
+        self.progress.step, self.progress.stats = step + 1, stats
+
+    def _to_batch(self, windows: Windows) -> Batch:
+        obs = {name: torch.as_tensor(value).to(self._device) for name, value in windows.obs.items()}
+        task_B = torch.as_tensor(windows.task_B).to(self._device).long()
+        obs[INSTRUCTION] = self._instructions_KE[task_B]
+        actions_BHA = torch.as_tensor(windows.actions_BHA).to(self._device)
+        mask_BH = torch.as_tensor(windows.mask_BH).to(self._device)
+        return Batch(obs, actions_BHA, mask_BH, torch.as_tensor(windows.source_B).to(self._device), task_B)
+
+    def _keep_up(self) -> None:
+        """What is due between two updates."""
+        step, settings = self.progress.step, self._settings
+        last = step == self.progress.steps
+        if step >= settings.first_release and (last or step == settings.first_release or step % settings.publish_every == 0):
+            self._publish()
+        if step % settings.checkpoint_every == 0 or last:
+            self._checkpoint()
+        if self._background is not None:
+            self._note(self._background.facts())
+        self._tell()
+
+    def _publish(self) -> None:
+        step, publisher = self.progress.step, self._publisher
+        if self._background is None or not publisher.wants(step):
+            return
+        with self._timed("publish"):
+            algorithm, _ = self._trained()
+            acting = algorithm.acting()
+            weights, policy, stats, name = snapshot(acting), describe(acting), self.progress.stats, algorithm.name
+
+            def job() -> tuple[str, dict[str, Any]]:
+                manifest = publisher.publish(weights, policy, name, step, stats)
+                return "published", {"version": manifest.version, "step": step}
+
+            self._background.submit("publish", job)
+
+    def _checkpoint(self) -> None:
+        step = self.progress.step
+        if self._background is None or step == self._saved:
+            return
+        with self._timed("checkpoint"):
+            algorithm, engine = self._trained()
+            parts = {name: part.module.state_dict() for name, part in algorithm.parts.items()}
+            state = freeze({"parts": parts, "algorithm": algorithm.state_dict(), "optimizers": engine.state()})
+            meta = {
+                **self._settings.meta,
+                "phase": self._phase,
+                "algorithm": algorithm.name,
+                "release": self._publisher.version,
+                "num_steps": self.progress.num_steps,
+                "pace_update": self._pace.first_update,
+                "pace_num_steps": self._pace.first_num_steps,
+            }
+            checkpoint, checkpoints = Checkpoint(step, meta, state), self._checkpoints
+
+            def job() -> tuple[str, dict[str, Any]]:
+                checkpoints.save(checkpoint)
+                return "checkpoint", {"step": step}
+
+            self._background.submit("checkpoint", job)
+            self._saved = step
+
+    def _poll(self, force: bool = False) -> None:
+        now = time.monotonic()
+        if force or now - self._polled >= POLL_S:
+            self._polled = now
+            self._source.poll()
+            self.progress.num_steps = self._source.num_steps()
+
+    def _note(self, facts: list[tuple[str, dict[str, Any]]]) -> None:
+        for kind, fields in facts:
+            self._write(kind, **fields)
+        self.progress.release = self._publisher.version
+
+    def _tell(self, force: bool = False) -> None:
+        now, progress = time.monotonic(), self.progress
+        if not force and now - self._reported < REPORT_S:
+            return
+        self._reported = now
+        if now - self._window_start >= 2 * REPORT_S or force:
+            progress.updates_per_s = (progress.step - self._window_step) / max(now - self._window_start, 1e-9)
+            if progress.step > self._window_step:
+                loss = next((value for name, value in progress.stats.items() if name.split(".")[-1] == "loss"), 0.0)
+                self._write(
+                    "update",
+                    step=progress.step,
+                    loss=loss,
+                    updates_per_s=round(progress.updates_per_s, 1),
+                    phase=progress.phase,
+                )
+            self._window_start, self._window_step = now, progress.step
+        if self._background is not None:
+            progress.num_replaced = self._background.num_replaced
+        self._report(dataclasses.replace(progress, stats=dict(progress.stats), seconds=dict(progress.seconds)))
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.progress.seconds[what] = self.progress.seconds.get(what, 0.0) + time.perf_counter() - start

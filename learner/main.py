@@ -1,0 +1,146 @@
+"""The learner's tables in a run file, and the names of algorithms. Loading this needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from fleet.errors import ConfigError
+from fleet.lookup import check_settings, resolve
+
+ALGORITHMS = {
+    "bc": "algorithms.bc:Bc",
+    "hg_dagger": "algorithms.hg_dagger:HgDagger",
+}
+FROM_DATA = ("reads", "action_dim", "instruction_dim")  # settings of a policy that are read off robots and tasks if not given
+
+
+@dataclasses.dataclass
+class LearnerConfig:
+    steps: int = 8000
+    """Updates in all, those of the start included."""
+    start_steps: int = 2000
+    """Updates of the start, on what is in the buffer when it begins: neither paced nor published before the last one."""
+    seed: int = 0
+    """Of weights, batches and noise."""
+    device: str = "auto"
+    """"cpu", "cuda", or "auto": cuda where there is one."""
+    publish_every: int = 100
+    """Updates between releases."""
+    checkpoint_every: int = 500
+    """Updates between checkpoints."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints that stay."""
+    keep_releases: int = 500
+    """Newest releases that stay; 0 for all."""
+    min_steps: int = 1
+    """Steps in the buffer before anything is trained."""
+    max_updates_per_step: float = 0.0
+    """Updates for each step that came since the start ended; 0: as many as the machine makes."""
+    slack: int = 200
+    """Updates that the learner may be ahead of that pace."""
+    micro_batch: int = 0
+    """Samples in one backward pass; 0: the whole batch."""
+    max_grad_norm: float = 0.0
+    """Gradients are scaled down to this norm; 0: never."""
+    num_threads: int = 1
+    """torch's threads on the CPU; 0: torch's own choice."""
+    metrics_port: int = 0
+    """Prometheus endpoint on loopback; 0: any free one, see learner.json; -1: none."""
+
+    def check(self) -> None:
+        """Raises ConfigError when a value is out of its range."""
+        rules = {
+            "steps": (self.steps >= 1, "steps >= 1"),
+            "start_steps": (0 <= self.start_steps <= self.steps, f"0 <= start_steps <= steps = {self.steps}"),
+            "device": (self.device in ("auto", "cpu", "cuda"), "one of auto, cpu, cuda"),
+            "publish_every": (self.publish_every >= 1, "publish_every >= 1"),
+            "checkpoint_every": (self.checkpoint_every >= 1, "checkpoint_every >= 1"),
+            "keep_checkpoints": (self.keep_checkpoints >= 2, "keep_checkpoints >= 2, so that one may be damaged"),
+            "keep_releases": (self.keep_releases == 0 or self.keep_releases >= 10, "0, or at least 10"),
+            "min_steps": (self.min_steps >= 1, "min_steps >= 1"),
+            "max_updates_per_step": (self.max_updates_per_step >= 0, "max_updates_per_step >= 0"),
+            "slack": (self.slack >= 1, "slack >= 1: with none the first update would wait for ever"),
+            "micro_batch": (self.micro_batch >= 0, "micro_batch >= 0"),
+            "max_grad_norm": (self.max_grad_norm >= 0, "max_grad_norm >= 0"),
+            "num_threads": (self.num_threads >= 0, "num_threads >= 0"),
+            "metrics_port": (-1 <= self.metrics_port <= 65535, "-1, 0, or a port"),
+        }
+        for key, (holds, rule) in rules.items():
+            if not holds:
+                raise ConfigError(f"learner.{key} = {getattr(self, key)!r}", rule=rule)
+
+
+@dataclasses.dataclass
+class PolicyConfig:
+    family: str = "mlp"
+    """A key of ``algorithms.policies.registry.FAMILIES``, or module:Class."""
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of the family's Config. What robots read and act with is taken from their spec where it is not given."""
+
+
+@dataclasses.dataclass
+class AlgorithmConfig:
+    name: str = "hg_dagger"
+    """A key of ``ALGORITHMS``, or module:Class."""
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of the algorithm's Config."""
+
+
+@dataclasses.dataclass
+class StartConfig:
+    name: str = ""
+    """Algorithm of the first ``learner.start_steps`` updates, for example bc; empty: the run's algorithm from the first one."""
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of its Config."""
+
+
+LEARNER_TABLES: dict[str, type] = {
+    "learner": LearnerConfig,
+    "policy": PolicyConfig,
+    "algorithm": AlgorithmConfig,
+    "start": StartConfig,
+}
+
+
+def check_learner_tables(tables: Mapping[str, Any]) -> None:
+    """Checks what only the classes themselves know: names, settings and their types. Loads torch.
+
+    Raises:
+        ConfigError: Names table, key, value, rule and the nearest known key.
+    """
+    from algorithms.policies.registry import FAMILIES
+
+    algorithm_class(tables["algorithm"], "algorithm")
+    if tables["start"].name:
+        algorithm_class(tables["start"], "start")
+    policy = tables["policy"]
+    cls = resolve(FAMILIES, policy.family, kind="policy.family", error=ConfigError).Config
+    later = {name: None for name in FROM_DATA if name in {f.name for f in dataclasses.fields(cls)}}
+    check_settings(cls, {**later, **policy.config}, kind=f"policy.config of family {policy.family!r}", error=ConfigError)
+    _check_types(cls, policy.config, "policy.config")
+
+
+def algorithm_class(table: AlgorithmConfig | StartConfig, where: str) -> Any:
+    """The class that a table names, its settings checked.
+
+    Raises:
+        ConfigError: Unknown name or setting, or a value of another type.
+    """
+    cls = resolve(ALGORITHMS, table.name, kind=f"{where}.name", error=ConfigError)
+    check_settings(cls.Config, table.config, kind=f"{where}.config of {table.name!r}", error=ConfigError)
+    _check_types(cls.Config, table.config, f"{where}.config")
+    return cls
+
+
+def _check_types(cls: type, settings: Mapping[str, Any], where: str) -> None:
+    accepted: dict[Any, tuple[type, ...]] = {float: (float, int), int: (int,), bool: (bool,), str: (str,)}
+    for name, hint in typing.get_type_hints(cls).items():
+        types = accepted.get(hint)
+        if name not in settings or types is None:
+            continue
+        value = settings[name]
+        if not isinstance(value, types) or (isinstance(value, bool) and hint is not bool):
+            raise ConfigError(f"{where}.{name} = {value!r} is a {type(value).__name__}", rule=f"it is a {hint.__name__}")

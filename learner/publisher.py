@@ -1,0 +1,66 @@
+"""From the acting policy to a release."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fleet.releases import Manifest
+from fleet.server.releases import ReleaseStore
+
+
+class Publisher:
+    """Publishes what an algorithm acts with.
+
+    A learner that went back to an older checkpoint publishes nothing until its step passes that of the newest
+    release: robots must never be told that older weights are newer.
+
+    Args:
+        keep: Releases that stay on disk; 0 for all.
+    """
+
+    def __init__(self, store: ReleaseStore, *, keep: int = 0) -> None:
+        self._store, self._keep = store, keep
+        newest = store.newest()
+        self.version = newest or 0
+        self.step = store.manifest(newest).step if newest else -1
+
+    def wants(self, step: int) -> bool:
+        """Whether a release at this step would be newer than the newest."""
+        return step > self.step
+
+    def publish(
+        self, weights: Mapping[str, Tensor], policy: Mapping[str, Any], algorithm: str, step: int, stats: Mapping[str, float]
+    ) -> Manifest:
+        """Publishes a snapshot. File work: called beside the updates.
+
+        Raises:
+            ReleaseError, StorageError: See ReleaseStore.publish.
+        """
+        metrics = {name: value for name, value in stats.items() if math.isfinite(value)}
+        manifest = self._store.publish(save(dict(weights)), algorithm=algorithm, step=step, metrics=metrics, policy=policy)
+        self.version, self.step = manifest.version, step
+        if self._keep:
+            self._store.prune(self._keep)
+        return manifest
+
+
+@torch.no_grad()
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of parameters and buffers on the CPU, which later updates do not touch."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in module.state_dict().items()}
+
+
+def describe(policy: Any) -> dict[str, Any]:
+    """``family``, ``config`` and ``spec`` of a policy made by ``algorithms.policies.registry.build``, as plain data."""
+    spec = dataclasses.asdict(policy.spec)
+    for name in ("reads", "conditions"):
+        spec[name] = {key: list(shape) for key, shape in spec[name].items()}
+    spec["replay"] = list(spec["replay"])
+    return {"family": policy.family, "config": dict(policy.config), "spec": spec}

@@ -1,0 +1,254 @@
+"""One learner on one run folder: from what is on disk to a running Loop. ``train`` is what the Ray actor calls."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from algorithms.base import Algorithm
+from algorithms.policies.registry import FAMILIES, build
+from buffer.log import load_spec
+from buffer.sampler import Sampler
+from fleet.batch import BatchNeeds
+from fleet.errors import LearnerError, NoData
+from fleet.files import FolderLock
+from fleet.journal import Journal
+from fleet.lookup import resolve
+from fleet.robot import Source
+from fleet.runfolder import RunFolder
+from fleet.server.releases import ReleaseStore
+from fleet.spec import RobotSpec
+from learner.checkpoint import Checkpoint, Checkpoints
+from learner.engine import Engine, TorchEngine
+from learner.loop import POLL_S, BatchSource, Loop, LoopSettings, Phase, Progress
+from learner.main import LearnerConfig, PolicyConfig, algorithm_class
+from learner.pace import Pace
+from learner.publisher import Publisher
+
+STATISTICS_STEPS = 8192  # drawn from the demonstrations, to normalise observations by
+Report = Callable[[Progress], None]
+
+
+def train(run: RunFolder, tables: Mapping[str, Any], *, stop: Callable[[], bool], report: Report) -> Progress:
+    """Trains until the configured number of steps is done or ``stop`` says so, from the newest checkpoint if there is one.
+
+    Args:
+        tables: ``learner.main.LEARNER_TABLES``, loaded.
+
+    Raises:
+        RunFolderError: Another learner works on this run.
+        LearnerError: A checkpoint does not fit the configuration, all are damaged, or a loss is not finite.
+        FleetError: The data, the policy or the disk cannot be used.
+    """
+    config: LearnerConfig = tables["learner"]
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(FolderLock(run.checkpoints, "run's checkpoints: there is one learner a run").release)
+        journal, report = _instruments(run, config, report)
+        stack.callback(journal.close)
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        tasks = json.loads((run.path / "tasks.json").read_text())
+        sampler = Sampler(run.buffer, list(tasks), config.seed, journal)
+        stack.callback(sampler.close)
+        if not wait_for_data(sampler, config.min_steps, stop, report, journal):
+            return Progress(steps=config.steps)
+        specs = [s for s in (load_spec(run.buffer, path.stem) for path in sorted((run.buffer / "specs").iterdir())) if s]
+        embeddings_KE = torch.tensor([task["embedding"] for task in tasks.values()], dtype=torch.float32)
+        loop = make_loop(run, tables, sampler, specs, embeddings_KE, journal, report)
+        return loop.run(stop)
+
+
+def make_loop(
+    run: RunFolder,
+    tables: Mapping[str, Any],
+    source: BatchSource,
+    specs: list[RobotSpec],
+    instructions_KE: torch.Tensor,
+    journal: Journal,
+    report: Report,
+) -> Loop:
+    """The loop at the newest checkpoint, or at the beginning."""
+    config: LearnerConfig = tables["learner"]
+    device = choose_device(config.device)
+    checkpoints = Checkpoints(run.checkpoints, keep=config.keep_checkpoints)
+    store = ReleaseStore(run.releases, run.keys)
+    checkpoint = checkpoints.newest()
+    torch.manual_seed(config.seed)
+    if checkpoint is None:
+        described = complete_policy(tables["policy"], specs, instructions_KE.shape[1])
+        policy = build(described["family"], described["config"])
+        fit_statistics(policy, source)
+    else:
+        described = checkpoint.meta["policy"]
+        check_same_policy(tables["policy"], described, checkpoint)
+        policy = build(described["family"], described["config"])
+        store.never_reuse(int(checkpoint.meta["release"]))
+    policy.to(device)
+    settings = LoopSettings(
+        seed=config.seed,
+        publish_every=config.publish_every,
+        checkpoint_every=config.checkpoint_every,
+        first_release=max(config.start_steps, 1),
+        meta={"policy": described, "seed": config.seed, "run_id": run.run_id},
+    )
+    publisher = Publisher(store, keep=config.keep_releases)
+    loop = Loop(
+        source,
+        instructions_KE,
+        make_phases(policy, tables, device),
+        settings,
+        device=device,
+        pace=Pace(config.max_updates_per_step, config.slack),
+        publisher=publisher,
+        checkpoints=checkpoints,
+        report=report,
+        write=journal.write,
+    )
+    if checkpoint is not None:
+        loop.resume(checkpoint)
+        journal.write("resumed", step=checkpoint.step, version=publisher.version, passed_over=checkpoints.refused)
+    return loop
+
+
+def make_phases(policy: Any, tables: Mapping[str, Any], device: torch.device) -> list[Phase]:
+    """The start, if there is one, and the rest of the run."""
+    config: LearnerConfig = tables["learner"]
+
+    def builder(where: str) -> Callable[[], tuple[Algorithm, Engine]]:
+        def make() -> tuple[Algorithm, Engine]:
+            cls = algorithm_class(tables[where], where)
+            algorithm = cls(policy, cls.Config(**tables[where].config))
+            engine = TorchEngine(algorithm, device=device, micro_batch=config.micro_batch, max_grad_norm=config.max_grad_norm)
+            return algorithm, engine
+
+        return make
+
+    if config.start_steps == 0:
+        return [Phase("online", config.steps, builder("algorithm"))]
+    if not tables["start"].name:
+        return [Phase("start", config.start_steps, builder("algorithm")), Phase("online", config.steps, None)]
+    return [Phase("start", config.start_steps, builder("start")), Phase("online", config.steps, builder("algorithm"))]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a configuration names.
+
+    Raises:
+        LearnerError: cuda is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise LearnerError(
+            "learner.device = 'cuda'", rule="this machine has a GPU that torch can use", remedy="learner.device=auto"
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def wait_for_data(source: BatchSource, min_steps: int, stop: Callable[[], bool], report: Report, journal: Journal) -> bool:
+    """Waits until the buffer has ``min_steps`` steps; False when ``stop`` came first."""
+    said = False
+    while True:
+        source.poll()
+        num_steps = source.num_steps()
+        if num_steps >= min_steps or stop():
+            return num_steps >= min_steps
+        why = f"the learner waits for data: the buffer has {num_steps} steps, min_steps is {min_steps}"
+        if not said:
+            journal.write("waiting", why=why, step=0)
+            said = True
+        report(Progress(num_steps=num_steps, waiting=why))
+        time.sleep(POLL_S)
+
+
+def complete_policy(table: PolicyConfig, specs: list[RobotSpec], instruction_dim: int) -> dict[str, Any]:
+    """Family and whole config of a policy: what the run file leaves open is read off the robots' specs and the tasks.
+
+    Raises:
+        LearnerError: The robots of this run do not share an action or an observation.
+    """
+    fields = set(resolve(FAMILIES, table.family, kind="policy family", error=LearnerError).Config.__dataclass_fields__)
+    sizes = sorted({spec.action.size for spec in specs})
+    if len(sizes) != 1:
+        raise LearnerError(f"robots of this run have actions of {sizes} dims", rule="one policy has one action dimension")
+    shared = {
+        name: list(feature.shape)
+        for name, feature in specs[0].observations.items()
+        if not feature.is_image and all(name in s.features and s.features[name].shape == feature.shape for s in specs)
+    }
+    derived: dict[str, Any] = {"reads": shared, "action_dim": sizes[0], "instruction_dim": instruction_dim}
+    config = {**{name: value for name, value in derived.items() if name in fields}, **table.config}
+    if "reads" in fields and not config["reads"]:
+        raise LearnerError(
+            "the robots of this run share no observation", rule="a policy reads something", remedy="set policy.config.reads"
+        )
+    return {"family": table.family, "config": config}
+
+
+def check_same_policy(table: PolicyConfig, described: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Raises LearnerError when the configuration names another policy than the checkpoint holds."""
+    different = {"family": (described["family"], table.family)} if described["family"] != table.family else {}
+    for name, value in table.config.items():
+        if _plain(described["config"].get(name)) != _plain(value):
+            different[f"config.{name}"] = (described["config"].get(name), value)
+    for name, (old, new) in different.items():
+        raise LearnerError(
+            f"policy.{name} = {new!r}, but the checkpoint of step {checkpoint.step} has {old!r}",
+            rule="a run goes on with the policy that it began with",
+            remedy="put the setting back, or start a new run",
+        )
+
+
+def fit_statistics(policy: Any, source: BatchSource) -> None:
+    """Gives a policy that normalises its inputs their mean and standard deviation, from demonstrations if there are any."""
+    if not hasattr(policy, "set_statistics"):
+        return
+    reads = tuple(policy.spec.reads)
+    try:
+        obs = source.batch(BatchNeeds(STATISTICS_STEPS, 1, reads, {(Source.DEMO,): 1.0}), 0).obs
+    except NoData:
+        obs = source.batch(BatchNeeds(STATISTICS_STEPS, 1, reads, {tuple(Source): 1.0}), 0).obs
+    values = {name: np.asarray(value, np.float64) for name, value in obs.items()}
+    policy.set_statistics({n: v.mean(0) for n, v in values.items()}, {n: v.std(0) for n, v in values.items()})
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _instruments(run: RunFolder, config: LearnerConfig, report: Report) -> tuple[Journal, Report]:
+    """Journal and report of this process; writes down who it is. Metrics are fed here and nowhere else."""
+    path = run.logs / "learner.jsonl"
+    facts: dict[str, int] = {"pid": os.getpid()}
+    journal, tell = Journal(path), report
+    if config.metrics_port >= 0:
+        from fleet.metrics import LEARNER, MeteredJournal, Metrics
+
+        metrics = Metrics(LEARNER)
+        facts["metrics_port"] = metrics.serve(config.metrics_port)
+        journal.close()
+        journal = MeteredJournal(path, metrics)
+        waited = [0.0]
+
+        def tell(progress: Progress) -> None:
+            wait_s = progress.seconds.get("wait", 0.0)
+            metrics.add("fleet_learner_data_wait", max(wait_s - waited[0], 0.0))
+            waited[0] = wait_s
+            report(progress)
+
+    (run.logs / "learner.pid").write_text(str(os.getpid()))
+    _replace(run.path / "learner.json", json.dumps(facts))
+    return journal, tell
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, path)

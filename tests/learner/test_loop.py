@@ -1,0 +1,217 @@
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from fleet.errors import DiskFull, LearnerError
+from fleet.journal import read_journal
+from fleet.server.releases import ReleaseStore
+from learner.background import Background
+from learner.pace import Pace
+from tests.learner_toys import (
+    BrokenSource,
+    MemorySource,
+    make_run,
+    make_tables,
+    make_toy_loop,
+    state_of,
+    train_toy,
+)
+
+
+def journal_of(run, kind):
+    return [line for line in read_journal(run.logs / "learner.jsonl") if line["kind"] == kind]
+
+
+def test_a_run_learns_publishes_and_checkpoints(tmp_path):
+    run = make_run(tmp_path / "run")
+    tables = make_tables(steps=300, start_steps=100, publish_every=50, checkpoint_every=100)
+    tables["algorithm"].config |= {"start_learning_rate": 0.01, "learning_rate": 0.01}
+    loop = train_toy(run, tables)
+    store = ReleaseStore(run.releases)
+    # Nothing before the start's end, then every 50 steps. Releases may skip when the disk is slow, the last one never.
+    published = [(m.version, m.step) for m in map(store.manifest, store.versions())]
+    assert published[0][1] == 100 and published[-1][1] == 300 and {s for _, s in published} <= {100, 150, 200, 250, 300}
+    assert [v for v, _ in published] == list(range(1, len(published) + 1))
+    assert [p["version"] for p in journal_of(run, "published")] == [v for v, _ in published]
+    assert journal_of(run, "checkpoint")[-1]["step"] == 300
+    assert loop.progress.stats["loss"] < 0.25 and loop.progress.release == published[-1][0]
+
+
+def test_a_release_is_what_acts(tmp_path):
+    from algorithms.policies.registry import build
+
+    run = make_run(tmp_path / "run")
+    loop = train_toy(run, make_tables())
+    store = ReleaseStore(run.releases)
+    manifest = store.manifest(store.newest())
+    weights = load(store.load(store.newest()))
+    acting = loop._algorithm.acting().state_dict()
+    assert set(weights) == set(acting) and all(torch.equal(weights[n], acting[n]) for n in acting)
+    policy = build(manifest.policy["family"], manifest.policy["config"])
+    policy.load_state_dict(weights)
+    assert manifest.policy["spec"]["reads"] == {"observation.state": [3]} and manifest.policy["spec"]["action_dim"] == 2
+    assert manifest.algorithm == "hg_dagger" and manifest.metrics["loss"] == pytest.approx(loop.progress.stats["loss"])
+    # Observations are normalised by the data's own statistics, which travel with the weights.
+    assert weights["obs_std_S"].tolist() == pytest.approx([1.0, 1.0, 1.0], abs=0.1)
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path):
+    first = state_of(train_toy(make_run(tmp_path / "a"), make_tables()))
+    second = state_of(train_toy(make_run(tmp_path / "b"), make_tables()))
+    other = state_of(train_toy(make_run(tmp_path / "c"), make_tables(seed=1)))
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    assert not all(torch.equal(first[n], other[n]) for n in first)
+
+
+def test_the_start_hands_its_weights_to_the_online_algorithm(tmp_path):
+    run = make_run(tmp_path / "run")
+    tables = make_tables(steps=20, start_steps=10)
+    tables["start"].name, tables["start"].config = "bc", {"batch_size": 16, "learning_rate": 0.01}
+    tables["algorithm"].config = {"batch_size": 16, "learning_rate": 0.003, "start_steps": 0}
+    loop = make_toy_loop(run, tables, MemorySource(500))
+    seen = []
+    enter = loop._enter
+
+    def watched(phase):
+        before = state_of(loop) if loop._algorithm else {}
+        enter(phase)
+        rate = loop._engine.state()["policy"]["groups"][0]["lr"]
+        seen.append((loop.progress.phase, loop.progress.algorithm, loop.progress.step, rate, before, state_of(loop)))
+
+    loop._enter = watched
+    loop.run(lambda: False)
+    assert [s[:4] for s in seen] == [("start", "bc", 0, 0.01), ("online", "hg_dagger", 10, 0.003)]
+    _, _, _, _, before, after = seen[1]
+    weights = [n for n in before if n.startswith("parts/")]
+    assert weights and all(torch.equal(before[n], after[n]) for n in weights)
+    assert any(n.startswith("optimizers/") for n in before) and not any("exp_avg" in n for n in after)
+    assert ReleaseStore(run.releases).manifest(1).algorithm == "bc"
+
+
+def test_the_learner_waits_for_its_pace_and_says_so(tmp_path):
+    run = make_run(tmp_path / "run")
+    source = MemorySource(100)
+    tables = make_tables(steps=100, start_steps=10, max_updates_per_step=2.0, slack=4)
+    progress = []
+    loop = make_toy_loop(run, tables, source, progress.append)
+    stop = threading.Event()
+    thread = threading.Thread(target=loop.run, args=(stop.is_set,))
+    thread.start()
+    try:
+        for added, expected in ((0, 14), (3, 20), (10, 40)):
+            source.add(added)
+            deadline = time.monotonic() + 5
+            while loop.progress.step < expected and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.25)
+            assert loop.progress.step == expected
+        assert "waits for robots" in loop.progress.waiting
+        assert any("waits for robots" in p.waiting for p in progress)
+    finally:
+        stop.set()
+        thread.join(10)
+    assert not thread.is_alive()
+    lines = journal_of(run, "waiting")
+    assert 3 <= len(lines) <= 5 and "max_updates_per_step 2" in lines[0]["why"]
+    assert journal_of(run, "checkpoint")[-1]["step"] == 40  # a stopped run keeps what it learnt
+
+
+def test_pace_counts_from_the_online_part():
+    pace = Pace(2.0, slack=1)
+    pace.begin(update=1000, num_steps=500)
+    assert pace.waits_for(1000, 500) is None and pace.waits_for(1001, 500)
+    assert pace.waits_for(1002, 501) is None and pace.waits_for(1003, 501)
+    assert Pace(0.0, slack=1).waits_for(10**9, 0) is None
+    assert Pace(0.1, slack=1).waits_for(1, 9) and Pace(0.1, slack=1).waits_for(1, 10) is None
+
+
+def test_the_learner_waits_for_data_of_the_kind_it_needs(tmp_path):
+    run = make_run(tmp_path / "run")
+    loop = make_toy_loop(run, make_tables(steps=5, start_steps=1), MemorySource(100))
+    source = loop._source = MemorySource(0)
+    stop = threading.Event()
+    thread = threading.Thread(target=loop.run, args=(stop.is_set,))
+    thread.start()
+    time.sleep(0.3)
+    assert loop.progress.step == 0 and "waits for data" in loop.progress.waiting
+    source.add(50)
+    thread.join(10)
+    assert not thread.is_alive() and loop.progress.step == 5 and loop.progress.waiting == ""
+    assert len(journal_of(run, "waiting")) == 1
+
+
+def test_broken_data_names_step_and_algorithm_and_spoils_nothing(tmp_path):
+    run = make_run(tmp_path / "run")
+    loop = make_toy_loop(run, make_tables(steps=40, start_steps=5), BrokenSource(200))
+    with pytest.raises(LearnerError, match=r"step 10 of hg_dagger.*'policy'.*nan"):
+        loop.run(lambda: False)
+    good = train_toy(make_run(tmp_path / "good"), make_tables(steps=10, start_steps=5), MemorySource(200))
+    spoiled, whole = state_of(loop), state_of(good)
+    weights = [n for n in whole if not n.endswith("/lr")]
+    assert weights and all(torch.equal(spoiled[n], whole[n]) for n in weights)
+
+
+def test_publishing_stops_for_no_disk_and_fails_for_no_key(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run.keys / "release.key").unlink()
+    from fleet.errors import IdentityError
+
+    with pytest.raises(IdentityError):
+        train_toy(run, make_tables())
+
+
+def test_background_replaces_what_has_not_begun_and_counts_it():
+    background, gate, done = Background(), threading.Event(), []
+    background.submit("publish", lambda: (gate.wait(5), done.append(0))[1])
+    time.sleep(0.05)
+    for i in range(1, 4):
+        background.submit("publish", lambda i=i: done.append(i))
+    background.submit("checkpoint", lambda: done.append("c"))
+    gate.set()
+    background.flush()
+    assert done == [0, 3, "c"] and background.num_replaced == 2
+    background.close()
+
+
+def test_background_errors_reach_the_loop_and_a_full_disk_does_not_end_it():
+    background = Background()
+
+    def fail(error):
+        raise error
+
+    background.submit("checkpoint", lambda: fail(DiskFull("no room")))
+    facts = background.flush()
+    assert facts[0][0] == "waiting" and "no room" in facts[0][1]["why"]
+    background.submit("publish", lambda: fail(ValueError("broken")))
+    with pytest.raises(ValueError, match="broken"):
+        background.flush()
+    assert background.flush() == []
+    background.close()
+
+
+def test_a_full_disk_delays_releases_only(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    real, calls = ReleaseStore.publish, []
+
+    def publish(self, *args, **more):
+        calls.append(more["step"])
+        if len(calls) == 1:
+            raise DiskFull("no room for a release")
+        return real(self, *args, **more)
+
+    monkeypatch.setattr(ReleaseStore, "publish", publish)
+    loop = train_toy(run, make_tables(steps=200, start_steps=10, publish_every=50))
+    assert loop.progress.step == 200 and ReleaseStore(run.releases).manifest(1).step == calls[1] > 10
+    assert any("no room" in line["why"] for line in journal_of(run, "waiting"))
+
+
+def test_time_is_told_by_what_it_was_spent_on(tmp_path):
+    seen = []
+    run = make_run(tmp_path / "run")
+    loop = make_toy_loop(run, make_tables(), MemorySource(100), seen.append)
+    loop.run(lambda: False)
+    assert {"sample", "prepare", "update", "after_step", "publish", "checkpoint"} <= set(seen[-1].seconds)
+    assert seen[-1].step == 40 and seen[-1].updates_per_s > 0

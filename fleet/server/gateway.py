@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from fleet.errors import FleetError, FragmentRefused, ProtocolError, StorageError
 from fleet.journal import Journal
 from fleet.metrics import GATEWAY, Metrics
-from fleet.server.admission import SAY_AGAIN_S, Limiter, check_hello, plain_error
+from fleet.server.admission import MAX_TEXT, SAY_AGAIN_S, Limiter, check_hello, plain_error
 from fleet.server.membership import MemberEvent, Membership
 from fleet.server.pulls import Pulls, ReleaseSource
 from fleet.spec import RobotSpec
@@ -368,7 +368,7 @@ class Gateway:
     def _count_refusal(self, robot_id: str, error: FleetError) -> None:
         self.metrics.add("fleet_refused", robot=robot_id, code=error.code)
         if self._limiter.may(("refused", robot_id, error.code)):
-            log.warning("refused robot %s: %s", robot_id, error)
+            log.warning("refused robot %s: %s", robot_id, str(error)[:MAX_TEXT])
             self._write("refused", robot=robot_id, error=plain_error(error))
 
     def _storage_trouble(self, error: StorageError) -> None:

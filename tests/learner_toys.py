@@ -23,6 +23,7 @@ from fleet.spec import Feature, RobotSpec
 from learner.main import LEARNER_TABLES
 from learner.train import make_loop
 
+torch.set_num_threads(1)  # several threads on a busy machine wait for each other
 STATE_DIM, ACTION_DIM, TASKS = 3, 2, ("left", "right")
 SPEC = RobotSpec(
     "toy",

@@ -1,0 +1,162 @@
+"""The learner on a real log: what robots sent goes in, releases come out."""
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+
+from algorithms.policies.registry import build
+from buffer.ingest import Ingest
+from buffer.log import Log
+from fleet.errors import ConfigError, LearnerError, RunFolderError
+from fleet.journal import read_journal
+from fleet.robot import Source
+from fleet.server.releases import ReleaseStore
+from fleet.spec import Feature, RobotSpec
+from learner.checkpoint import Checkpoints
+from learner.main import LearnerConfig, PolicyConfig, check_learner_tables
+from learner.train import complete_policy, train
+from tests.buffer.fragments import make_spec, message
+from tests.learner_toys import make_run, make_tables
+
+BOOT = "b" * 16
+
+
+def fill(run, episodes=4, source=Source.DEMO, robot="r1"):
+    """Writes whole episodes of 20 steps on both tasks, as a gateway would."""
+    log = Log(run.buffer)
+    ingest, spec = Ingest(log), make_spec()
+    seq = ingest.admit(robot, BOOT, spec)
+    for i in range(episodes):
+        seq += 1
+        fields = message(
+            robot, BOOT, seq, i, 0, [source] * 20, spec=spec, task=("left", "right")[i % 2], opened=True, closed=True
+        )
+        ingest.offer(robot, *fields)
+    ingest.commit()
+    log.close()
+
+
+def run_train(run, tables, stop=lambda: False):
+    seen = []
+    return train(run, tables, stop=stop, report=seen.append), seen
+
+
+def test_from_a_log_to_a_release_that_a_robot_can_load(tmp_path):
+    run = make_run(tmp_path / "run")
+    fill(run)
+    progress, seen = run_train(run, make_tables(metrics_port=0))
+    store = ReleaseStore(run.releases)
+    assert progress.step == 40 and seen[-1].num_steps == 80 and store.manifest(store.newest()).step == 40
+    from safetensors.torch import load
+
+    manifest = store.manifest(store.newest())
+    assert manifest.policy["spec"] == {
+        "reads": {"observation.state": [3]},
+        "conditions": {"instruction": [4]},
+        "action_dim": 2,
+        "horizon": 4,
+        "replay": [],
+    }
+    policy = build(manifest.policy["family"], manifest.policy["config"])
+    policy.load_state_dict(load(store.load(store.newest())))
+    chunk = policy.act({"observation.state": torch.zeros(1, 3), "instruction": torch.zeros(1, 4)})
+    assert chunk.actions_BHA.shape == (1, 4, 2) and torch.isfinite(chunk.actions_BHA).all()
+    assert (run.logs / "learner.pid").read_text() == str(os.getpid())
+    kinds = [line["kind"] for line in read_journal(run.logs / "learner.jsonl")]
+    assert {"sampleable", "update", "published", "checkpoint"} <= set(kinds)
+
+
+def test_a_resumed_learner_takes_in_what_came_meanwhile(tmp_path):
+    run = make_run(tmp_path / "run")
+    fill(run)
+    run_train(run, make_tables(steps=20))
+    fill(run, source=Source.OPERATOR, robot="r2")
+    progress, seen = run_train(run, make_tables(steps=40))
+    assert progress.step == 40 and seen[-1].num_steps == 160
+    assert seen[-1].stats["loss_operator"] > 0
+    resumed = [line for line in read_journal(run.logs / "learner.jsonl") if line["kind"] == "resumed"]
+    assert [(line["step"], line["passed_over"]) for line in resumed] == [(20, [])]
+
+
+def test_the_learner_waits_for_its_first_steps(tmp_path):
+    run = make_run(tmp_path / "run")
+    stop, seen = threading.Event(), []
+    tables = make_tables(min_steps=60)
+    thread = threading.Thread(target=train, args=(run, tables), kwargs={"stop": stop.is_set, "report": seen.append})
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not seen and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert "min_steps is 60" in seen[-1].waiting and seen[-1].step == 0
+    with pytest.raises(RunFolderError, match=f"in use by process {os.getpid()}"):  # and nobody else may learn meanwhile
+        run_train(run, tables)
+    fill(run)
+    thread.join(30)
+    assert not thread.is_alive() and seen[-1].step == 40
+
+
+def test_stop_before_there_is_data(tmp_path):
+    run = make_run(tmp_path / "run")
+    progress, _ = run_train(run, make_tables(), stop=lambda: True)
+    assert progress.step == 0 and Checkpoints(run.checkpoints).steps() == []
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "match"),
+    [
+        ("algorithm", {"name": "hg_daggr"}, "hg_daggr.*did you mean 'hg_dagger'"),
+        ("algorithm", {"config": {"batchsize": 3}}, "batchsize.*did you mean 'batch_size'"),
+        ("algorithm", {"config": {"batch_size": "many"}}, "algorithm.config.batch_size = 'many'.*int"),
+        ("algorithm", {"config": {"batch_size": True}}, "algorithm.config.batch_size = True"),
+        ("start", {"name": "bcc"}, "bcc.*did you mean 'bc'"),
+        ("policy", {"family": "mpl"}, "mpl.*did you mean 'mlp'"),
+        ("policy", {"config": {"hrizon": 3}}, "hrizon.*did you mean 'horizon'"),
+        ("policy", {"config": {"horizon": 3.5}}, "policy.config.horizon = 3.5"),
+    ],
+)
+def test_wrong_tables_name_the_nearest_known_word(table, change, match):
+    tables = make_tables()
+    check_learner_tables(tables)
+    for name, value in change.items():
+        setattr(tables[table], name, value)
+    with pytest.raises(ConfigError) as caught:
+        check_learner_tables(tables)
+    import re
+
+    assert re.search(match, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 0},
+        {"start_steps": 9000},
+        {"device": "gpu"},
+        {"publish_every": 0},
+        {"keep_checkpoints": 1},
+        {"slack": 0},
+        {"metrics_port": 70000},
+    ],
+)
+def test_settings_out_of_range_are_refused(change):
+    LearnerConfig().check()
+    with pytest.raises(ConfigError, match=rf"learner\.{next(iter(change))} = "):
+        LearnerConfig(**change).check()
+
+
+def test_robots_that_share_no_action_or_observation_are_refused():
+    def spec(**features):
+        return RobotSpec("toy", 20, {"action": Feature("float32", (2,)), **features})
+
+    arm = spec(**{"observation.state": Feature("float32", (3,)), "observation.images.top": Feature("uint8", (8, 8, 3))})
+    other = spec(**{"observation.state": Feature("float32", (3,)), "observation.force": Feature("float32", (1,))})
+    made = complete_policy(PolicyConfig("mlp", {"horizon": 2}), [arm, other], 16)
+    assert made["config"] == {"reads": {"observation.state": [3]}, "action_dim": 2, "instruction_dim": 16, "horizon": 2}
+    assert complete_policy(PolicyConfig("mlp", {"instruction_dim": 0}), [arm], 16)["config"]["instruction_dim"] == 0
+    with pytest.raises(LearnerError, match=r"actions of \[2, 4\]"):
+        complete_policy(PolicyConfig(), [arm, RobotSpec("toy", 20, {"action": Feature("float32", (4,))})], 16)
+    with pytest.raises(LearnerError, match="no observation"):
+        complete_policy(PolicyConfig(), [spec(**{"observation.images.top": Feature("uint8", (8, 8, 3))})], 16)

@@ -272,7 +272,7 @@ def _find_end(name: SegmentName, items: Iterable[Record | Damage], proven: int, 
                 break
             num_fragments += 1
         end = item.end
-    return Recovered(name, end, num_fragments, tuple(damaged))
+    return Recovered(name, max(end, proven), num_fragments, tuple(damaged))  # readers have been to ``proven`` already
 
 
 def _store_state(files: Files, name: SegmentName, state: SegmentState) -> None:

@@ -138,4 +138,7 @@ class FolderLock:
             os.pwrite(self._fd, str(os.getpid()).encode(), 0)
 
     def release(self) -> None:
-        os.close(self._fd)
+        """Lets others in. May be called again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

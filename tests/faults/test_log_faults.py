@@ -1,0 +1,320 @@
+import collections
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from buffer.ingest import Ingest
+from buffer.log import Log
+from buffer.reader import LogReader
+from buffer.segment import list_segments, read_state_file
+from fleet.errors import DiskFull, FragmentRefused, RunFolderError, StorageError
+from fleet.files import Files
+from fleet.robot import Source
+from tests.buffer.fragments import make_spec, message
+
+SCALE = int(os.environ.get("FLEET_TEST_SCALE", "1"))
+P, B = Source.POLICY, "b" * 16
+KEY = ("r1", "b1")
+
+
+def fill(log, first, last, size=1000):
+    for seq in range(first, last + 1):
+        log.append("r1", "b1", seq, "h", {"steps": 64}, bytes([seq % 251]) * size)
+
+
+def seqs(folder):
+    return [r.seq for r in LogReader(folder).poll()]
+
+
+def kill_open(log):
+    """What a kill -9 leaves: nothing is sealed, the lock is gone."""
+    log._lock.release()
+
+
+def start_writer(folder):
+    return subprocess.Popen([sys.executable, "-m", "tests.faults.log_writer", str(folder)], stdout=subprocess.PIPE, text=True)
+
+
+def test_kill_at_random_instants_loses_and_doubles_nothing(tmp_path):
+    """A reader follows all the while, over every kill and restart."""
+    rng, acked, reader = random.Random(1), collections.Counter(), LogReader(tmp_path)
+    seen = []
+    for _ in range(5 * SCALE):
+        process = start_writer(tmp_path)
+        _, r1, r2 = process.stdout.readline().split()
+        assert int(r1) >= acked["r1"] and int(r2) >= acked["r2"], "an acknowledged fragment was forgotten"
+        deadline = time.monotonic() + rng.uniform(0, 0.3)
+        while time.monotonic() < deadline:
+            seen += reader.poll()
+        process.send_signal(signal.SIGKILL)
+        for line in process.stdout.read().splitlines():
+            if line.startswith("ack") and len(line.split()) == 3:
+                acked[line.split()[1]] = max(acked[line.split()[1]], int(line.split()[2]))
+        process.wait()
+    log = Log(tmp_path)
+    marks = {robot: log.high_water(robot, B) for robot in ("r1", "r2")}
+    log.close()
+    seen += reader.poll()
+    for followed in (seen, LogReader(tmp_path).poll()):
+        for robot in ("r1", "r2"):
+            assert [r.seq for r in followed if r.robot_id == robot] == list(range(1, marks[robot] + 1)), "each once, in order"
+            assert marks[robot] >= acked[robot] > 0
+    assert not reader.damaged and len(list_segments(tmp_path)) > 5
+
+
+def test_a_second_writer_process_is_refused(tmp_path):
+    process = start_writer(tmp_path)
+    try:
+        assert process.stdout.readline().startswith("ready")
+        with pytest.raises(RunFolderError, match=f"process {process.pid}"):
+            Log(tmp_path)
+    finally:
+        process.kill()
+        process.communicate()
+    Log(tmp_path).close()
+
+
+class Unsynced(Files):
+    """Thousands of small logs that nobody cuts the power of."""
+
+    def fsync(self, fd):
+        pass
+
+    def fsync_dir(self, folder):
+        pass
+
+
+def test_every_length_of_a_torn_tail_opens(tmp_path):
+    whole = tmp_path / "whole"
+    log = Log(whole, segment_bytes=3000)
+    fill(log, 1, 2, size=200)
+    log.commit()
+    first_tail = log._active.written
+    fill(log, 3, 4, size=100)
+    log._active._files.fsync(log._active._fds[0])
+    end = log._active.written
+    ends = {}
+    kill_open(log)
+    (name,) = list_segments(whole)
+    for cut in range(first_tail, end + 1):
+        folder = tmp_path / "cut"
+        shutil.copytree(whole, folder)
+        os.truncate(folder / name.path.name, cut)
+        log = Log(folder, files=Unsynced(), segment_bytes=3000)
+        ends[cut] = log.high_water(*KEY)
+        log.append("r1", "b1", ends[cut] + 1, "h", {"steps": 64}, b"new")
+        log.commit()
+        log.close()
+        assert seqs(folder) == list(range(1, ends[cut] + 2)), cut
+        shutil.rmtree(folder)
+    assert set(ends.values()) == {2, 3, 4} and ends[first_tail] == 2 and ends[end] == 4
+    assert list(ends.values()) == sorted(ends.values())
+
+
+def test_a_flipped_bit_costs_one_record_and_is_counted(tmp_path):
+    log = Log(tmp_path / "whole", segment_bytes=50_000)
+    for seq in range(1, 11):
+        fill(log, seq, seq)
+        log.commit()
+    kill_open(log)
+    records = LogReader(tmp_path / "whole").poll()
+    rng = random.Random(2)
+    for trial in range(10 * SCALE):
+        folder = tmp_path / f"t{trial}"
+        shutil.copytree(tmp_path / "whole", folder)
+        victim = rng.choice(records)
+        at = victim.payload_at + rng.randrange(-60, victim.payload_length)
+        (name,) = list_segments(folder)
+        with name.path.open("r+b") as file:
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 1 << rng.randrange(8)]))
+        log = Log(folder)
+        kill_open(log)
+        reader = LogReader(folder)
+        left = [r.seq for r in reader.poll()]
+        damaged = len(reader.damaged)
+        assert damaged <= 1 and left == [s for s in range(1, 11) if s != victim.seq or not damaged]
+        assert [len(r.damaged) for r in log.recovered] == [damaged]
+        if at >= victim.payload_at:
+            assert damaged == 1
+        assert log.high_water(*KEY) >= 9
+
+
+class BadDisk(Files):
+    """Fails on demand: ``fsync_error`` once for files, ``room`` bytes that still fit."""
+
+    def __init__(self):
+        self.fsync_error, self.room = None, 1 << 40
+        self.fsyncs = collections.Counter()
+
+    def fsync(self, fd):
+        self.fsyncs[os.readlink(f"/proc/self/fd/{fd}")] += 1
+        if self.fsync_error:
+            number, self.fsync_error = self.fsync_error, None
+            raise OSError(number, os.strerror(number))
+        super().fsync(fd)
+
+    def write(self, fd, buffers):
+        data = b"".join(bytes(b) for b in buffers)
+        taken, self.room = data[: self.room], max(self.room - len(data), 0)
+        super().write(fd, [taken])
+        if len(taken) < len(data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(("number", "error"), [(errno.EIO, StorageError), (errno.ENOSPC, DiskFull)])
+def test_after_an_fsync_error_nothing_is_acknowledged_and_the_segment_is_abandoned(tmp_path, number, error):
+    disk = BadDisk()
+    log = Log(tmp_path, files=disk)
+    fill(log, 1, 2)
+    log.commit()
+    fill(log, 3, 5)
+    disk.fsync_error = number
+    with pytest.raises(error, match="fsync"):
+        log.commit()
+    assert log.high_water(*KEY) == 2 and log.last(*KEY).seq == 2 and log.commit() == []
+    (abandoned,) = list_segments(tmp_path)
+    count = disk.fsyncs[str(abandoned.path)]
+    assert seqs(tmp_path) == [1, 2] and read_state_file(abandoned.state_path).sealed
+    fill(log, 3, 4)
+    assert log.commit() == [("r1", "b1", 4)] and seqs(tmp_path) == [1, 2, 3, 4]
+    assert disk.fsyncs[str(abandoned.path)] == count, "an abandoned segment is never fsynced again"
+    kill_open(log)
+    abandoned.state_path.unlink()
+    assert Log(tmp_path).high_water(*KEY) == 4 and seqs(tmp_path) == [1, 2, 3, 4], "also when its state is lost"
+
+
+def test_ingest_starts_again_from_the_high_water_mark_after_an_fsync_error(tmp_path):
+    disk = BadDisk()
+    ingest = Ingest(Log(tmp_path, files=disk))
+    ingest.admit("r1", B, make_spec())
+    ingest.offer("r1", *message("r1", B, 1, 0, 0, [P]))
+    ingest.commit()
+    ingest.offer("r1", *message("r1", B, 2, 0, 1, [P]))
+    disk.fsync_error = errno.EIO
+    with pytest.raises(StorageError):
+        ingest.commit()
+    with pytest.raises(FragmentRefused, match="gapless"):
+        ingest.offer("r1", *message("r1", B, 3, 0, 2, [P]))
+    assert ingest.admit("r1", B, make_spec()) == 1
+    ingest.offer("r1", *message("r1", B, 2, 0, 1, [P]))
+    assert ingest.commit() == [("r1", B, 2)] and seqs(tmp_path) == [1, 2]
+    assert ingest.stats.fragments == 2
+
+
+@pytest.mark.parametrize("room", [0, 1, 100, 1200])
+def test_no_room_in_the_middle_of_a_record(tmp_path, room):
+    disk = BadDisk()
+    log = Log(tmp_path, files=disk)
+    fill(log, 1, 2)
+    disk.room = room
+    with pytest.raises(DiskFull):
+        fill(log, 3, 10)
+    appended = log.last(*KEY).seq
+    assert log.commit() == [("r1", "b1", appended)], "what was appended before is not affected"
+    with pytest.raises(DiskFull):
+        fill(log, appended + 1, appended + 1)
+    assert len(list_segments(tmp_path)) == 1, "nothing of a segment that could not be made is left"
+    disk.room = 1 << 40
+    fill(log, appended + 1, 10)
+    assert log.commit() == [("r1", "b1", 10)] and seqs(tmp_path) == list(range(1, 11))
+    kill_open(log)
+    assert Log(tmp_path).high_water(*KEY) == 10
+
+
+def test_a_real_full_disk(tmp_path):
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(mounted)], check=False).returncode:
+        pytest.skip("needs root and tmpfs; test_no_room_in_the_middle_of_a_record covers it through the seam")
+    try:
+        ballast = mounted / "ballast"
+        ballast.write_bytes(bytes(200_000))
+        log, acked, full = Log(mounted / "log"), 0, 0
+        for seq in range(1, 60):
+            try:
+                fill(log, seq, seq, size=10_000)
+            except DiskFull:
+                full += 1
+                break
+            acked = log.commit()[0][2]
+        assert full and acked == log.high_water(*KEY) > 5
+        ballast.unlink()
+        fill(log, acked + 1, acked + 5, size=10_000)
+        assert log.commit() == [("r1", "b1", acked + 5)]
+        log.close()
+        reader = LogReader(mounted / "log")
+        assert [r.seq for r in reader.poll()] == list(range(1, acked + 6)) and not reader.damaged
+        reader.close()
+        del reader
+    finally:
+        subprocess.run(["umount", "-l", str(mounted)], check=True)
+
+
+class PowerLoss(Files):
+    """Remembers what a disk is sure to hold: bytes up to a file's last fsync, names up to their folder's last fsync."""
+
+    def __init__(self, root):
+        self.root = root
+        self.synced = {}  # inode -> bytes
+        self.names = {}  # folder -> {name: inode}
+        self._path = {}
+
+    def fsync(self, fd):
+        super().fsync(fd)
+        size = os.fstat(fd).st_size
+        self.synced[os.fstat(fd).st_ino] = os.pread(fd, size, 0)
+
+    def fsync_dir(self, folder):
+        super().fsync_dir(folder)
+        self.names[folder] = {e.name: e.inode() for e in os.scandir(folder) if e.is_file()}
+
+    def disk_after(self, target, rng):
+        """The folder as it may look after the power went: unsynced bytes are gone, or a random part of them is there."""
+        for folder, names in self.names.items():
+            if self.root not in (folder, *folder.parents):
+                continue
+            place = target / folder.relative_to(self.root)
+            place.mkdir(parents=True, exist_ok=True)
+            for name, inode in names.items():
+                data = bytearray(self.synced.get(inode, b""))
+                now = (folder / name).read_bytes() if (folder / name).exists() else b""
+                if len(now) > len(data):
+                    data += bytes(len(now) - len(data))
+                for page in range(0, len(data), 512):
+                    if data[page : page + 512] != now[page : page + 512] and rng.random() < 0.5:
+                        data[page : page + 512] = now[page : page + 512]
+                (place / name).write_bytes(data)
+
+
+def test_power_loss_keeps_what_was_acknowledged(tmp_path):
+    for trial in range(40 * SCALE):
+        rng, root = random.Random(trial), tmp_path / f"run{trial}"
+        disk = PowerLoss(root)
+        ingest = Ingest(log := Log(root, files=disk, segment_bytes=150_000))
+        spec, acked, seq = make_spec(extra=rng.choice([1, 3000])), 0, 0
+        ingest.admit("r1", B, spec)
+        for _ in range(rng.randrange(40)):
+            seq += 1
+            ingest.offer("r1", *message("r1", B, seq, (seq - 1) // 5, (seq - 1) % 5, [P], spec=spec))
+            if rng.random() < 0.4:
+                acked = ingest.commit()[0][2]
+        after = tmp_path / f"after{trial}"
+        disk.disk_after(after, rng)
+        log.close()
+        again = Log(after)
+        mark = again.high_water("r1", B)
+        assert mark >= acked and seqs(after) == list(range(1, mark + 1)), trial
+        assert again.spec(spec.hash) == spec or not mark
+        again.close()
+        shutil.rmtree(root)
+        shutil.rmtree(after)

@@ -1,5 +1,5 @@
 # Each target sets itself up: a virtual environment in .venv, made once and reused until pyproject.toml or the
-# constraints change. V=1 shows everything that pip says.
+# constraints change.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -7,7 +7,6 @@ SHELL := /bin/bash
 
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP_QUIET := $(if $(V),,--quiet)
 SETUP := pyproject.toml constraints/main.txt tools/setup.sh
 RUN ?=
 SEED ?=
@@ -42,10 +41,10 @@ lint: $(VENV)/.ready-dev  ## ruff and mypy
 	$(VENV)/bin/mypy fleet algorithms buffer actors learner infra
 
 $(VENV)/.ready-demo: $(SETUP)
-	@PIP_QUIET="$(PIP_QUIET)" tools/setup.sh $(VENV) demo learner,sim
+	@tools/setup.sh $(VENV) demo learner,sim
 
 $(VENV)/.ready-dev: $(SETUP)
-	@PIP_QUIET="$(PIP_QUIET)" tools/setup.sh $(VENV) dev learner,sim,dev
+	@tools/setup.sh $(VENV) dev learner,sim,dev
 
 clean:  ## remove environments, caches and build output; runs/ stays
 	rm -rf .venv .venv-base310 .venv-base311 build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

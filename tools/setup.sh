@@ -36,9 +36,15 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 echo "setup  installing .[$extras] (a few minutes the first time)"
 start=$SECONDS
-# torch stands in the same call as everything else, so that pip settles on the pinned build at once.
-"$venv/bin/python" -m pip install --disable-pip-version-check ${PIP_QUIET:---quiet} \
-    -c constraints/main.txt torch==2.13.0 -e ".[$extras]"
+log=$venv/setup-$mark.log
+# The log has everything; of it the large downloads and the installation itself are shown.
+"$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar=off -c constraints/main.txt -e ".[$extras]" 2>&1 |
+    tee "$log" |
+    awk '/^ *(Downloading|Using cached|Processing) .*\([0-9.]+ MB\)/ { size = $NF == "MB)" ? substr($(NF-1), 2) : 0
+             if (size >= 15) { print "setup    " $1, $2, $(NF-1), $NF; fflush() } }
+         /^Installing collected/ { print "setup    installing " NF - 3 " packages"; fflush() }
+         /^ERROR/ { print; fflush() }' ||
+    { echo "setup  failed; all of it is in $log" >&2; exit 1; }
 touch "$venv/.ready-$mark"
 if [ "$mark" = dev ]; then touch "$venv/.ready-demo"; fi
 echo "setup  ready in $((SECONDS - start)) s"

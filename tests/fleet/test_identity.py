@@ -57,7 +57,7 @@ def test_robot_is_found_by_its_key_until_revoked(keys):
 
 def test_second_enrolment_is_refused_and_changes_nothing(keys):
     first = enroll(keys, "arm-1", ENDPOINT, "run-1")
-    with pytest.raises(IdentityError, match="enrolled already.*revoke"):
+    with pytest.raises(IdentityError, match=r"enrolled already.*revoke"):
         enroll(keys, "arm-1", ENDPOINT, "run-1")
     assert enrolled(keys) == {"arm-1": first.public}
     assert os.listdir(keys / "robots") == ["arm-1.pub"]
@@ -100,9 +100,9 @@ def test_revoking_nobody_says_so(keys):
 
 
 def test_folder_without_keys_says_so(tmp_path):
-    with pytest.raises(IdentityError, match="server.key cannot be used"):
+    with pytest.raises(IdentityError, match=r"server.key cannot be used"):
         enroll(tmp_path, "arm-1", ENDPOINT, "run-1")
-    with pytest.raises(IdentityError, match="release.key cannot be used"):
+    with pytest.raises(IdentityError, match=r"release.key cannot be used"):
         sign(tmp_path, b"data")
 
 
@@ -129,7 +129,7 @@ def test_altered_credential_is_refused_by_name(keys, tmp_path, change, words):
 def test_file_that_is_no_credential_is_refused(tmp_path, text):
     path = tmp_path / "robot.yaml"
     path.write_text(text)
-    with pytest.raises(IdentityError, match="robot.yaml"):
+    with pytest.raises(IdentityError, match=r"robot.yaml"):
         Credential.load(path)
     with pytest.raises(IdentityError, match="cannot be read"):
         Credential.load(tmp_path / "missing.yaml")

@@ -19,6 +19,7 @@ from torch import nn
 from algorithms.base import Batch, LossOutput, Part, generator
 from algorithms.ema import Ema
 from algorithms.policies.base import Chunk
+from algorithms.windows import fill_with_last_action
 from fleet.batch import BatchNeeds
 from fleet.errors import ConfigError
 from fleet.robot import Source
@@ -34,6 +35,8 @@ class BcConfig:
     """B, windows a step."""
     ema_decay: float = 0.995
     """Of the average that acts; 0 publishes the newest weights."""
+    fill_ends: bool = True
+    """Whether windows that an episode's end or a takeover's border cuts are filled with their last valid action."""
     seed: int = 0
     """Of whatever noise the policy's loss draws."""
 
@@ -57,7 +60,7 @@ class Bc:
         self.needs = BatchNeeds(config.batch_size, policy.spec.horizon, tuple(policy.spec.reads), {(Source.DEMO,): 1.0})
 
     def prepare(self, batch: Batch) -> Batch:
-        return batch
+        return fill_with_last_action(batch) if self.config.fill_ends else batch
 
     def loss(self, part: str, micro: Batch) -> LossOutput:
         """The mean over all valid actions of the batch."""

@@ -6,6 +6,8 @@ The policy's own steps are never targets. Each batch is half demonstrations, hal
 lets whichever is larger drown the other). As in SOP (arXiv 2601.03044) everything streams
 into one buffer and one policy serves all tasks.
 
+Added: windows cut by an episode's end or a takeover's border are filled with their last valid action (``fill_ends``).
+
 Left out of HG-DAgger: the doubt threshold learnt from an ensemble, because here an operator decides when to take over.
 Left out of SOP: its loss-weighted share of online data per task (its coefficient is not published; half and half is within its
 clip range [0.2, 0.8]), and weights that change only between episodes (here they change between chunks).
@@ -25,6 +27,7 @@ from torch import nn
 from algorithms.base import Batch, LossOutput, Part, generator
 from algorithms.ema import Ema
 from algorithms.policies.base import Chunk
+from algorithms.windows import fill_with_last_action
 from fleet.batch import BatchNeeds
 from fleet.errors import ConfigError
 from fleet.robot import Source
@@ -46,6 +49,8 @@ class HgDaggerConfig:
     """Fraction of a batch from operator steps; the rest are demonstrations. Whoever has no data leaves it all to the other."""
     ema_decay: float = 0.995
     """Of the average that acts; 0 publishes the newest weights."""
+    fill_ends: bool = True
+    """Whether windows that an episode's end or a takeover's border cuts are filled with their last valid action."""
     seed: int = 0
     """Of whatever noise the policy's loss draws."""
 
@@ -75,10 +80,10 @@ class HgDagger:
         self.needs = BatchNeeds(config.batch_size, policy.spec.horizon, tuple(policy.spec.reads), shares)
 
     def prepare(self, batch: Batch) -> Batch:
-        return batch
+        return fill_with_last_action(batch) if self.config.fill_ends else batch
 
     def loss(self, part: str, micro: Batch) -> LossOutput:
-        """The mean over all valid actions of the batch: a window cut by a takeover counts by what is left of it."""
+        """The mean over all valid actions of the batch."""
         noise = self._policy.noise(len(micro.actions_BHA), generator(self.config.seed, self._step))
         mask_BH = micro.mask_BH.float()
         loss_B = self._policy.imitation_loss(micro.obs, Chunk(micro.actions_BHA), mask_BH, noise)

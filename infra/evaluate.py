@@ -114,7 +114,8 @@ def wilson(num_successes: int, num_episodes: int) -> tuple[float, float]:
     n, rate = num_episodes, num_successes / num_episodes
     centre = (rate + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(rate * (1 - rate) / n + _Z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding must not put the rate itself outside.
+    return max(0.0, min(rate, centre - half)), min(1.0, max(rate, centre + half))
 
 
 def _row(task: str, episodes: Sequence[EpisodeResult]) -> Row:

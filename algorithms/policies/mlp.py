@@ -1,6 +1,6 @@
 """Chunked multi-task MLP: state and instruction -> H future actions.
 
-Observation features are flattened, joined and normalised; the instruction's embedding is appended; LayerNorm + SiLU
+Observation features are flattened, joined and normalised; the instruction's embedding is appended; LayerNorm + ReLU
 layers follow. As a density it is a Gaussian around that output whose log standard deviation is a learned constant per action
 dimension; each of the H steps is one decision (T = H).
 
@@ -67,7 +67,7 @@ class MlpPolicy(nn.Module):
         sizes = [num_obs + config.instruction_dim] + [config.width] * config.num_layers
         layers: list[nn.Module] = []
         for num_in, num_out in itertools.pairwise(sizes):
-            layers += [nn.Linear(num_in, num_out), nn.LayerNorm(num_out), nn.SiLU()]
+            layers += [nn.Linear(num_in, num_out), nn.LayerNorm(num_out), nn.ReLU()]
         self.trunk = nn.Sequential(*layers)
         self.head = nn.Linear(config.width, config.horizon * config.action_dim)
         self.log_std_A = nn.Parameter(torch.full((config.action_dim,), float(config.log_std)))

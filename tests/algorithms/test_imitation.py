@@ -50,7 +50,9 @@ def _train(algorithm, num_steps):
     return rates
 
 
-@pytest.mark.parametrize("make", [lambda p: Bc(p, BcConfig()), lambda p: HgDagger(p, HgDaggerConfig())])
+@pytest.mark.parametrize(
+    "make", [lambda p: Bc(p, BcConfig(fill_ends=False)), lambda p: HgDagger(p, HgDaggerConfig(fill_ends=False))]
+)
 def test_loss_is_the_mean_over_valid_actions_and_gradients_do_not_see_the_others(make):
     policy, batch = _policy(), _batch()
     algorithm = make(policy)
@@ -62,6 +64,22 @@ def test_loss_is_the_mean_over_valid_actions_and_gradients_do_not_see_the_others
     garbage.actions_BHA[~garbage.mask_BH] = float("nan")
     for clean, dirty in zip(_gradient(algorithm, policy, batch), _gradient(algorithm, policy, garbage), strict=True):
         torch.testing.assert_close(clean, dirty)
+
+
+@pytest.mark.parametrize("make", [lambda p: Bc(p, BcConfig()), lambda p: HgDagger(p, HgDaggerConfig())])
+def test_windows_that_are_cut_are_filled_with_their_last_valid_action(make):
+    policy, batch = _policy(), _batch()
+    batch.mask_BH = torch.arange(H) < torch.arange(B)[:, None] % (H + 1)  # 0 to H valid actions
+    batch.actions_BHA[~batch.mask_BH] = float("nan")
+    filled = make(policy).prepare(batch)
+    for b in range(B):
+        num_valid = b % (H + 1)
+        assert torch.equal(filled.actions_BHA[b, :num_valid], batch.actions_BHA[b, :num_valid])
+        assert filled.mask_BH[b].all() == (num_valid > 0) == filled.mask_BH[b].any()
+        if num_valid:
+            assert torch.equal(filled.actions_BHA[b, num_valid:], batch.actions_BHA[b, num_valid - 1].expand(H - num_valid, A))
+    assert batch.actions_BHA.isnan().any()  # the batch itself is left alone
+    assert all(g.isfinite().all() for g in _gradient(make(policy), policy, batch))
 
 
 def test_micro_batches_add_up_to_the_whole():

@@ -20,7 +20,7 @@ from fleet.errors import GatewayUnreachable, RunFolderError
 from fleet.identity import create_run_keys
 from fleet.journal import Journal
 from fleet.runfolder import RunFolder
-from fleet.server.registry import Registry, RegistryServer
+from fleet.server.registry import Registry, RegistryServer, registry_url
 from infra.run_config import load_tables, write_catalogue
 from infra.supervisor import Child, Supervisor, last_lines
 
@@ -82,8 +82,7 @@ class LocalRun:
         config = self.tables["registry"]
         if not config.url:
             self.registry_server = RegistryServer(self.run.registry)
-            self.supervisor.add(Child("registry", self.registry_server.command(), self.run.logs / "registry.log"))
-        self.registry = Registry(config.url or self.registry_server.url if self.registry_server else config.url)
+        self.registry = Registry(registry_url(self.run.registry, self.run.config), config.prefix)
         old = endpoint_file(self.run).stat().st_mtime_ns if endpoint_file(self.run).exists() else 0
         log = self.run.logs / "gateway.log"
         self.supervisor.add(Child("gateway", [sys.executable, "-m", "buffer.main", str(self.run.path)], log))
@@ -135,6 +134,8 @@ class LocalRun:
         if self.registry is not None:
             self.registry.close()
         self.supervisor.stop()
+        if self.registry_server is not None:
+            self.registry_server.stop()
         self.journal.close()
         self._lock.close()
 

@@ -247,11 +247,8 @@ class Spool:
                 self._writing = _Writing(*SpoolFile.create(self._files, folder, key["seq"]), episode)
             writing = self._writing
             parts = pack(FRAGMENT, key, payload, writing.file.salt, 0)
-            try:
-                self._files.write(writing.fd, parts)
-            except OSError:
-                self._end_file()  # it may end in half a record
-                raise
+            # After an error it may end in half a record. The rest of its episode is refused, so nothing follows there.
+            self._files.write(writing.fd, parts)
         at = writing.file.size
         writing.file.size += sum(len(part) for part in parts)
         writing.dirty = True

@@ -80,7 +80,11 @@ def test_a_window_grows_when_the_rest_of_its_episode_arrives(tmp_path):
 
 
 EPISODES = st.lists(
-    st.tuples(st.integers(0, 1), st.integers(0, 2), st.lists(st.lists(st.sampled_from([P, O, S, D]), min_size=1, max_size=5), min_size=1, max_size=4)),
+    st.tuples(
+        st.integers(0, 1),
+        st.integers(0, 2),
+        st.lists(st.lists(st.sampled_from([P, O, S, D]), min_size=1, max_size=5), min_size=1, max_size=4),
+    ),
     min_size=1,
     max_size=6,
 )
@@ -173,12 +177,18 @@ def test_tasks_or_steps_weigh_the_same(tmp_path, by_task, rare):
     for step in range(40):
         batch = follower.batch(BatchNeeds(500, 1, STATE, {(D, O): 1.0}), step)
         counts.update(zip(batch.task_B.tolist(), batch.obs[STATE[0]][:, 2].tolist(), strict=True))
-    expected = {(0, float(f)): 20_000 * (1 - rare) / 300 for f in range(300)} | {(1, float(f)): 20_000 * rare / 10 for f in range(10)}
+    expected = {(0, float(f)): 20_000 * (1 - rare) / 300 for f in range(300)} | {
+        (1, float(f)): 20_000 * rare / 10 for f in range(10)
+    }
     chi_square = sum((counts[key] - n) ** 2 / n for key, n in expected.items())
     assert set(counts) <= set(expected) and chi_square < 309 + 5 * np.sqrt(2 * 309)
 
 
-@given(total=st.integers(1, 300), shares=st.lists(st.floats(0.01, 1), min_size=1, max_size=5), offset=st.floats(0, 1, exclude_max=True))
+@given(
+    total=st.integers(1, 300),
+    shares=st.lists(st.floats(0.01, 1), min_size=1, max_size=5),
+    offset=st.floats(0, 1, exclude_max=True),
+)
 def test_shares_are_split_within_one(total, shares, offset):
     counts = split_by_share(total, shares, offset)
     assert sum(counts) == total

@@ -50,11 +50,13 @@ def test_kill_at_random_instants_loses_and_doubles_nothing(tmp_path):
         process = start_writer(tmp_path)
         _, r1, r2 = process.stdout.readline().split()
         assert int(r1) >= acked["r1"] and int(r2) >= acked["r2"], "an acknowledged fragment was forgotten"
-        deadline = time.monotonic() + rng.uniform(0, 0.3)
-        while time.monotonic() < deadline:
+        lines = []
+        for _ in range(rng.randrange(2, 80)):
+            lines.append(process.stdout.readline())
             seen += reader.poll()
+        time.sleep(rng.uniform(0, 0.005))
         process.send_signal(signal.SIGKILL)
-        for line in process.stdout.read().splitlines():
+        for line in [*lines, *process.stdout.read().splitlines()]:
             if line.startswith("ack") and len(line.split()) == 3:
                 acked[line.split()[1]] = max(acked[line.split()[1]], int(line.split()[2]))
         process.wait()
@@ -66,7 +68,7 @@ def test_kill_at_random_instants_loses_and_doubles_nothing(tmp_path):
         for robot in ("r1", "r2"):
             assert [r.seq for r in followed if r.robot_id == robot] == list(range(1, marks[robot] + 1)), "each once, in order"
             assert marks[robot] >= acked[robot] > 0
-    assert not reader.damaged and len(list_segments(tmp_path)) > 5
+    assert not reader.damaged and len(list_segments(tmp_path)) >= 5
 
 
 def test_a_second_writer_process_is_refused(tmp_path):
@@ -234,7 +236,10 @@ def test_no_room_in_the_middle_of_a_record(tmp_path, room):
 def test_a_real_full_disk(tmp_path):
     mounted = tmp_path / "disk"
     mounted.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(mounted)], check=False).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(mounted)], check=False).returncode
+    ):
         pytest.skip("needs root and tmpfs; test_no_room_in_the_middle_of_a_record covers it through the seam")
     try:
         ballast = mounted / "ballast"
@@ -301,10 +306,9 @@ def test_power_loss_keeps_what_was_acknowledged(tmp_path):
         rng, root = random.Random(trial), tmp_path / f"run{trial}"
         disk = PowerLoss(root)
         ingest = Ingest(log := Log(root, files=disk, segment_bytes=150_000))
-        spec, acked, seq = make_spec(extra=rng.choice([1, 3000])), 0, 0
+        spec, acked = make_spec(extra=rng.choice([1, 3000])), 0
         ingest.admit("r1", B, spec)
-        for _ in range(rng.randrange(40)):
-            seq += 1
+        for seq in range(1, rng.randrange(1, 41)):
             ingest.offer("r1", *message("r1", B, seq, (seq - 1) // 5, (seq - 1) % 5, [P], spec=spec))
             if rng.random() < 0.4:
                 acked = ingest.commit()[0][2]

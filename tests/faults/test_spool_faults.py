@@ -47,7 +47,9 @@ def test_kill_and_reopen_resends_everything_under_the_same_numbers(tmp_path):
         for name in spool.boots():
             spool.rewind(name, ingest.admit("r1", name, spec))
         for g in drain(spool)[: rng.randrange(1, 400)]:
-            ingest.offer("r1", {"boot_id": g.boot_id, "seq": g.seq, "spec_hash": g.spec_hash, "tables": dict(g.tables)}, g.payload)
+            ingest.offer(
+                "r1", {"boot_id": g.boot_id, "seq": g.seq, "spec_hash": g.spec_hash, "tables": dict(g.tables)}, g.payload
+            )
         for _, name, seq in ingest.commit():
             spool.acknowledge(name, seq - rng.randrange(3))
         spool.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ class Ingest:
         self._log.add_spec(spec)
         return self._log.high_water(robot_id, boot_id)
 
-    def offer(self, robot_id: str, fields: dict[str, Any], payload: bytes | memoryview) -> None:
+    def offer(self, robot_id: str, fields: Mapping[str, Any], payload: bytes | memoryview) -> None:
         """Takes one FRAGMENT message. A duplicate is dropped here and acknowledged again by ``commit``.
 
         Raises:
@@ -119,7 +120,7 @@ class Ingest:
         self._log.append(robot_id, boot_id, seq, fields["spec_hash"], fields["tables"], payload, progress.to_note())
         self._pending.append(_pending(robot_id, boot_id, seq, len(payload), fragment, closed))
 
-    def _decode(self, robot_id: str, fields: dict[str, Any], payload: bytes | memoryview) -> Fragment:
+    def _decode(self, robot_id: str, fields: Mapping[str, Any], payload: bytes | memoryview) -> Fragment:
         spec = self._log.spec(fields["spec_hash"])
         if spec is None:
             raise FragmentRefused(

@@ -80,7 +80,9 @@ def test_a_robot_cannot_speak_for_the_gateway():
     assert view["last_seen_ns"] == 7 * SECOND and view["state"] == "live"
 
 
-@given(st.dictionaries(st.text(max_size=60) | st.integers(), st.none() | st.integers() | st.floats() | st.text() | st.booleans()))
+@given(
+    st.dictionaries(st.text(max_size=60) | st.integers(), st.none() | st.integers() | st.floats() | st.text() | st.booleans())
+)
 def test_metrics_from_the_network_are_few_finite_numbers(metrics):
     clean = clean_metrics({**metrics, **{f"m{n}": n for n in range(100)}})
     assert len(clean) <= MAX_METRICS

@@ -280,3 +280,60 @@ def test_a_full_disk_publishes_nothing(store, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert store.newest() == 1 and not list((tmp_path / "releases" / "tmp").iterdir())
     assert publish(store, weights(1)).version == 2
+
+
+def test_a_change_within_one_tick_of_the_file_systems_clock_is_seen(store, tmp_path):
+    publish(store)
+    reader, manifests = ReleaseStore(tmp_path / "releases"), tmp_path / "releases" / "manifests"
+    assert reader.newest() == 1
+    mtime_ns = manifests.stat().st_mtime_ns
+    publish(store)
+    os.utime(manifests, ns=(mtime_ns, mtime_ns))  # as on a file system whose clock did not tick in between
+    assert reader.newest() == 2
+
+
+class Died(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_death_at_any_file_call_leaves_whole_releases(tmp_path, keys, monkeypatch, before):
+    """The process ends right before, or right after, the n-th rename or fsync of a publish, for every n."""
+    folder = tmp_path / "releases"
+    publish(ReleaseStore(folder, keys))
+    given, deaths = {1}, 0
+    for die_at in range(1, 100):
+        store, calls = ReleaseStore(folder, keys), 0
+
+        def dying(real, die_at=die_at):
+            def call(*args):
+                nonlocal calls
+                calls += 1
+                if calls == die_at and before:
+                    raise Died
+                real(*args)
+                if calls == die_at:
+                    raise Died
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", dying(os.replace))
+            patch.setattr(os, "fsync", dying(os.fsync))
+            try:
+                finished = publish(store, weights(die_at), step=die_at).version
+            except Died:
+                deaths, finished = deaths + 1, None
+        reader = ReleaseStore(folder)
+        for version in reader.versions():
+            assert len(load(reader.load(version))) == len(weights())
+        newest = reader.newest()
+        assert newest not in given or newest == max(reader.versions())
+        appeared = set(reader.versions()) - given
+        assert len(appeared) <= 1 and all(version > max(given) for version in appeared)
+        given |= appeared
+        if appeared:  # a release that was out is deleted: its number is not given again
+            (folder / "manifests" / f"{newest}.json").unlink()
+        if finished is not None:
+            break
+    assert finished is not None and finished in given and deaths > 10

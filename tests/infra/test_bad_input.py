@@ -1,0 +1,153 @@
+"""What a clumsy user meets: one clear message with value, rule and remedy, exit code 2, and nothing lost."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fleet.identity import create_run_keys
+from fleet.runfolder import RunFolder
+from infra.enroll import enroll_here
+
+ROOT = Path(__file__).parents[2]
+TOY = (ROOT / "examples" / "toy.yaml").read_text()
+
+
+def fleet(*arguments, timeout=60, cwd=None):
+    """Runs the command line as a user does; returns (exit code, everything it said)."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "infra.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd or ROOT, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    def write(change=lambda text: text):
+        path = tmp_path / "toy.yaml"
+        path.write_text(change(TOY))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("publish_every: 50", "publish_evry: 50", ["publish_evry", "publish_every"]),
+        ("publish_every: 50", "publish_every: soon", ["publish_every", "soon"]),
+        ("learner:", "lerner:", ["lerner", "learner"]),
+        ("min_steps: 100", "min_steps: 0", ["min_steps", "min_steps >= 1"]),
+        ("family: mlp", "family: mpl", ["mpl", "mlp"]),
+        ("name: hg_dagger", "name: hg_daggr", ["hg_daggr", "hg_dagger"]),
+        ("horizon: 8", "horizn: 8", ["horizn", "horizon"]),
+        ("bind: tcp://127.0.0.1:0", "bind: 7447", ["bind", "tcp://HOST:PORT"]),
+    ],
+)
+def test_a_mistake_in_the_run_file_is_named_with_the_remedy(run_file, old, new, words):
+    path = run_file(lambda text: text.replace(old, new))
+    code, said = fleet("config", "check", path)
+    assert code == 2
+    for word in words:
+        assert word in said
+    assert "Traceback" not in said
+
+
+def test_a_wrong_key_on_the_command_line_is_named(run_file):
+    code, said = fleet("config", "check", run_file(), "learner.stepz=5")
+    assert code == 2 and "stepz" in said and "steps" in said
+
+
+def test_process_tables_are_checked_in_under_a_second_of_work(run_file):
+    start = time.monotonic()
+    code, said = fleet("config", "check", run_file(lambda text: text.replace("commit", "commit").replace("gateway:", "gatewy:")))
+    assert code == 2 and "gatewy" in said
+    assert time.monotonic() - start < 5  # one second of work on an idle machine; torch alone would take longer
+
+
+def test_a_good_file_is_said_to_be_good(run_file):
+    code, said = fleet("config", "check", run_file())
+    assert code == 0 and "ok" in said
+
+
+def test_up_refuses_a_folder_that_is_no_run(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")
+    code, said = fleet("up", tmp_path / "photos", "--resume")
+    assert code == 2 and "run.json" in said and "remedy" in said
+
+
+def test_up_does_not_write_into_somebody_elses_folder(tmp_path, run_file):
+    foreign = tmp_path / "runs" / "toy"
+    foreign.mkdir(parents=True)
+    (foreign / "thesis.tex").write_text("x")
+    code, said = fleet("up", run_file(), "--runs", tmp_path / "runs")
+    assert code == 2 and "something else" in said
+    assert [p.name for p in foreign.iterdir()] == ["thesis.tex"]
+
+
+def test_a_port_in_use_is_named(tmp_path, run_file):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        path = run_file(lambda text: text.replace("tcp://127.0.0.1:0", f"tcp://127.0.0.1:{port}"))
+        code, said = fleet("up", path, "--runs", tmp_path / "runs")
+    assert code == 2 and str(port) in said and "in use" in said
+
+
+def make_run(tmp_path, endpoint):
+    """A run that was started once and is down now."""
+    run = RunFolder.create(tmp_path / "run")
+    run.config.write_text(TOY)
+    create_run_keys(run.keys)
+    (run.path / "gateway.json").write_text(json.dumps({"endpoint": endpoint, "bound": endpoint}))
+    return run
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_an_unreachable_gateway_is_named_and_the_robot_goes_on_trying(tmp_path):
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    path = enroll_here(make_run(tmp_path, endpoint), "arm-1", {})
+    code, said = fleet("join", path, "actor.wait_for_gateway_s=6")
+    assert code == 2
+    assert endpoint in said and "nothing answers" in said and "fleet up" in said
+    assert re.search("again", said)
+
+
+def test_a_credential_cannot_be_overwritten_by_accident(tmp_path):
+    run = make_run(tmp_path, "tcp://127.0.0.1:7447")
+    out = tmp_path / "arm-1.yaml"
+    assert fleet("enroll", "arm-1", "--run", run.path, "--out", out)[0] == 0
+    before = out.read_text()
+    code, said = fleet("enroll", "arm-1", "--run", run.path, "--out", out)
+    assert code == 2 and "exists" in said and out.read_text() == before
+    assert out.stat().st_mode & 0o077 == 0
+
+
+def test_an_unknown_robot_adapter_is_named(tmp_path):
+    run = make_run(tmp_path, f"tcp://127.0.0.1:{free_port()}")
+    code, said = fleet("join", enroll_here(run, "arm-1", {"robot": {"adapter": "tooy"}}))
+    assert code == 2 and "tooy" in said and "toy" in said and "Traceback" not in said
+
+
+def test_a_robot_that_waits_leaves_when_asked(tmp_path):
+    path = enroll_here(make_run(tmp_path, f"tcp://127.0.0.1:{free_port()}"), "arm-1", {})
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "infra.cli", "join", str(path)], env=env, stderr=subprocess.PIPE, text=True)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 0

@@ -1,0 +1,243 @@
+"""The numbers of a run's report, read off its journals and evaluations. No plots, no layout."""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from fleet.journal import read_journal
+from fleet.runfolder import RunFolder
+
+Z_95 = 1.959964
+ROLLING = 10  # episodes behind a point of the fleet's own success
+SAME_STEP_MS = 1000.0
+LATENCIES = {
+    "durable": "step executed → durable",
+    "sampleable": "step executed → sampleable",
+    "loaded": "release published → loaded by a robot",
+}
+PERCENTILES = (50, 95, 99)
+
+
+@dataclasses.dataclass
+class Facts:
+    """A run's journals in time order; times are minutes since the first line of the gateway.
+
+    latencies_ms: by name, one value a step (executed) or a robot and release (published). left_out: values that say
+    nothing about the system's own delay: steps executed before the learner was there, and releases published before
+    the robot that loads them had joined. lags: robot -> (minutes, releases published that it has not loaded).
+    """
+
+    run_id: str
+    start_ns: int = 0
+    end_ns: int = 0
+    latencies_ms: dict[str, list[float]] = dataclasses.field(default_factory=lambda: {name: [] for name in LATENCIES})
+    left_out: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(LATENCIES, 0))
+    episodes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    published: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    lags: dict[str, list[tuple[float, int]]] = dataclasses.field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    counts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def minutes(self, time_ns: int) -> float:
+        return (time_ns - self.start_ns) / 60e9
+
+    @property
+    def fleet_episodes(self) -> list[dict[str, Any]]:
+        """Episodes in which the policy drove, in the order of their ends; demonstrations are left out."""
+        return [e for e in self.episodes if e.get("source") != "demo"]
+
+
+def wilson(num_successes: int, num: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a rate; (0, 1) when nothing was tried."""
+    if num == 0:
+        return 0.0, 1.0
+    rate, z2 = num_successes / num, Z_95**2
+    centre = (rate + z2 / (2 * num)) / (1 + z2 / num)
+    half = Z_95 / (1 + z2 / num) * math.sqrt(rate * (1 - rate) / num + z2 / (4 * num * num))
+    return max(0.0, min(rate, centre - half)), min(1.0, max(rate, centre + half))
+
+
+def read_facts(run: RunFolder) -> Facts:
+    """Everything that the report says. What is missing in the run is missing here, and is no error."""
+    gateway = list(read_journal(run.logs / "gateway.jsonl"))
+    learner = list(read_journal(run.logs / "learner.jsonl"))
+    supervisor = list(read_journal(run.logs / "supervisor.jsonl"))
+    facts = Facts(run.run_id)
+    times = [line["time_ns"] for line in gateway + learner]
+    if times:
+        facts.start_ns, facts.end_ns = min(times), max(times)
+    facts.episodes = [line for line in gateway if line["kind"] == "episode"]
+    facts.published = [line for line in learner if line["kind"] == "published"]
+    for line in gateway:
+        if line["kind"] == "durable":
+            facts.latencies_ms["durable"] += line["latency_ms"]
+    _read_sampleable(facts, learner)
+    _read_loaded(facts, gateway)
+    _read_lags(facts, gateway)
+    facts.evaluations = _read_evaluations(run, facts)
+    facts.counts = _count(facts, gateway, learner, supervisor)
+    return facts
+
+
+def _read_sampleable(facts: Facts, learner: list[dict[str, Any]]) -> None:
+    """A learner that starts again reads the log from its beginning: only the first time of each fragment counts."""
+    name, begin_ns = "sampleable", learner[0]["time_ns"] if learner else 0
+    seen: dict[tuple[str, int], list[float]] = collections.defaultdict(list)
+    for line in learner:
+        if line["kind"] != "sampleable" or not line["latency_ms"]:
+            continue
+        now_ms = line["time_ns"] / 1e6
+        first_ms = now_ms - line["latency_ms"][0]
+        before = seen[line["robot"], line["seq"]]
+        if any(abs(first_ms - other) < SAME_STEP_MS for other in before):
+            continue
+        before.append(first_ms)
+        counted = [ms for ms in line["latency_ms"] if now_ms - ms >= begin_ns / 1e6]
+        facts.latencies_ms[name] += counted
+        facts.left_out[name] += len(line["latency_ms"]) - len(counted)
+
+
+def _read_loaded(facts: Facts, gateway: list[dict[str, Any]]) -> None:
+    name, joined_ns = "loaded", dict[str, int]()
+    for line in gateway:
+        if line["kind"] == "member" and line["event"] == "joined":
+            joined_ns[line["robot"]] = line["time_ns"]
+        elif line["kind"] == "loaded":
+            if line["time_ns"] - line["latency_ms"] * 1e6 < joined_ns.get(line["robot"], 0):
+                facts.left_out[name] += 1
+            else:
+                facts.latencies_ms[name].append(line["latency_ms"])
+
+
+def _read_lags(facts: Facts, gateway: list[dict[str, Any]]) -> None:
+    published = sorted((line["time_ns"], line["version"]) for line in facts.published)
+    times_ns, versions = [t for t, _ in published], sorted(v for _, v in published)
+    loads = collections.defaultdict(list)
+    for line in gateway:
+        if line["kind"] == "loaded":
+            loads[line["robot"]].append((line["time_ns"], line["version"]))
+    for robot, own in sorted(loads.items()):
+        own_times_ns = [t for t, _ in own]
+        facts.lags[robot] = []
+        for now_ns in sorted({t for t in [*times_ns, *own_times_ns] if own_times_ns[0] <= t <= own_times_ns[-1]}):
+            version = own[bisect.bisect_right(own_times_ns, now_ns) - 1][1]
+            lag = bisect.bisect_right(times_ns, now_ns) - bisect.bisect_right(versions, version)
+            facts.lags[robot].append((facts.minutes(now_ns), max(lag, 0)))
+
+
+def _read_evaluations(run: RunFolder, facts: Facts) -> list[dict[str, Any]]:
+    path = run.report / "evaluations.json"
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    for row in rows:
+        row["rate"] = row["successes"] / row["episodes"] if row["episodes"] else None
+        row["low"], row["high"] = wilson(row["successes"], row["episodes"])
+        wall_s = row.get("wall_s")
+        row["minutes"] = facts.minutes(row["at_ns"]) if wall_s is None else wall_s / 60
+    return sorted(rows, key=lambda row: (row["minutes"], row["version"], row["task"]))
+
+
+def _count(facts: Facts, gateway: list[Any], learner: list[Any], supervisor: list[Any]) -> dict[str, Any]:
+    demos = [e for e in facts.episodes if e.get("source") == "demo"]
+    operator_steps = sum(e["operator_steps"] for e in facts.fleet_episodes)
+    kinds = collections.Counter(line["kind"] for line in [*gateway, *learner])
+    updates = [line["step"] for line in learner if line["kind"] in ("update", "checkpoint", "published")]
+    processes = {line["name"]: line["restarts"] for line in supervisor if line["kind"] == "process"}
+    return {
+        "steps_durable": len(facts.latencies_ms["durable"]),
+        "steps_by_source": {
+            "demo": sum(e["length"] for e in demos),
+            "operator": operator_steps,
+            "policy": sum(e["length"] for e in facts.fleet_episodes) - operator_steps,
+        },
+        "episodes": len(facts.fleet_episodes),
+        "episodes_with_operator": sum(e["operator_steps"] > 0 for e in facts.fleet_episodes),
+        "demonstrations": len(demos),
+        "releases": kinds["published"],
+        "updates": max(updates, default=0),
+        "robots": len({line["robot"] for line in gateway if line["kind"] == "durable"}),
+        "learner_resumed": kinds["resumed"],
+        "process_restarts": sum(processes.values()),
+        "robots_lost": sum(line["kind"] == "member" and line["event"] == "lost" for line in gateway),
+        "refused": kinds["refused"],
+    }
+
+
+def percentiles(values: Iterable[float]) -> dict[str, float]:
+    """{"num", "p50", "p95", "p99"}; empty when there is no value."""
+    array = np.asarray(list(values), np.float64)
+    if not len(array):
+        return {}
+    numbers = np.percentile(array, PERCENTILES)
+    return {"num": len(array), **{f"p{q}": round(float(n), 1) for q, n in zip(PERCENTILES, numbers, strict=True)}}
+
+
+def latency_table(run: RunFolder) -> dict[str, dict[str, float]]:
+    """P50, P95 and P99 in ms of each of ``LATENCIES`` by key, and how many values are behind them; {} for one without data."""
+    return {name: percentiles(values) for name, values in read_facts(run).latencies_ms.items()}
+
+
+def before_after(facts: Facts) -> list[dict[str, Any]]:
+    """By task, and in all: the results labelled "start" and "final", each None where it was not tested."""
+    tasks = sorted({row["task"] for row in facts.evaluations})
+    table = []
+    for task in [*tasks, *(["all tasks"] if len(tasks) > 1 else [])]:
+        entry: dict[str, Any] = {"task": task}
+        for label in ("start", "final"):
+            rows = [r for r in facts.evaluations if r["label"] == label and task in (r["task"], "all tasks")]
+            entry[label] = _pooled(rows)
+        table.append(entry)
+    return [entry for entry in table if entry["start"] or entry["final"]]
+
+
+def curve(facts: Facts) -> dict[str, list[dict[str, Any]]]:
+    """Task -> results of every tested release over time; one point a release, pooled where it was tested twice."""
+    points: dict[str, dict[int, list[dict[str, Any]]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+    for row in facts.evaluations:
+        points[row["task"]][row["version"]].append(row)
+    return {
+        task: [
+            {"minutes": rows[0]["minutes"], "version": version, **(_pooled(rows) or {})} for version, rows in versions.items()
+        ]
+        for task, versions in sorted(points.items())
+    }
+
+
+def _pooled(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    episodes, successes = sum(r["episodes"] for r in rows), sum(r["successes"] for r in rows)
+    if not episodes:
+        return None
+    low, high = wilson(successes, episodes)
+    return {"episodes": episodes, "successes": successes, "rate": successes / episodes, "low": low, "high": high}
+
+
+def autonomous_success(facts: Facts) -> dict[str, list[tuple[float, float]]]:
+    """Task -> (minutes, share of the last ``ROLLING`` episodes that succeeded without an operator)."""
+    recent: dict[str, collections.deque[bool]] = collections.defaultdict(lambda: collections.deque(maxlen=ROLLING))
+    series: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
+    for episode in facts.fleet_episodes:
+        if episode["outcome"] not in ("success", "failure"):
+            continue
+        window = recent[episode["task"]]
+        window.append(episode["outcome"] == "success" and episode["operator_steps"] == 0)
+        series[episode["task"]].append((facts.minutes(episode["time_ns"]), sum(window) / len(window)))
+    return dict(sorted(series.items()))
+
+
+def interventions_per_minute(facts: Facts) -> list[tuple[float, int, int]]:
+    """(minute, interventions, episodes) for each minute from the fleet's first episode to its last, by the episode's end."""
+    minutes = [int(facts.minutes(e["time_ns"])) for e in facts.fleet_episodes]
+    if not minutes:
+        return []
+    with_operator = collections.Counter(
+        m for m, e in zip(minutes, facts.fleet_episodes, strict=True) if e["operator_steps"] > 0
+    )
+    every = collections.Counter(minutes)
+    return [(float(m), with_operator[m], every[m]) for m in range(min(minutes), max(minutes) + 1)]

@@ -25,7 +25,7 @@ from ray.exceptions import RayError
 import fleet.errors
 from fleet.errors import FleetError, LearnerError
 from fleet.runfolder import RunFolder
-from learner.loop import Progress
+from learner.progress import Progress
 
 log = logging.getLogger("fleet.learner")
 FINAL = ("config", "policy", "run_folder", "spec", "identity")  # starting again cannot help

@@ -26,6 +26,7 @@ from learner.background import Background
 from learner.checkpoint import Checkpoint, Checkpoints, freeze
 from learner.engine import Engine
 from learner.pace import Pace
+from learner.progress import Progress
 from learner.publisher import Publisher, describe, snapshot
 
 POLL_S = 0.1  # between two looks at the log
@@ -65,23 +66,6 @@ class LoopSettings:
     checkpoint_every: int
     first_release: int
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far the run is. ``seconds``: time on the loop's thread by what it was spent on, since this process began."""
-
-    step: int = 0
-    steps: int = 0
-    phase: str = ""
-    algorithm: str = ""
-    release: int = 0
-    num_steps: int = 0
-    updates_per_s: float = 0.0
-    waiting: str = ""
-    num_replaced: int = 0
-    stats: dict[str, float] = dataclasses.field(default_factory=dict)
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Loop:
@@ -229,8 +213,7 @@ class Loop:
     def _update(self) -> None:
         algorithm, engine = self._trained()
         step = self.progress.step
-        # What draws from torch's own generator (dropout, say) is a function of (seed, step) too.
-        torch.manual_seed((self._settings.seed * 1_000_003 + step) & (2**63 - 1))
+        self._seed_torch(step)
         with self._timed("prepare"), torch.no_grad():
             batch = algorithm.prepare(self._to_batch(self._windows))
         stats: dict[str, float] = {}
@@ -246,6 +229,13 @@ class Loop:
         with self._timed("after_step"):
             algorithm.after_step(step, stats)
         self.progress.step, self.progress.stats = step + 1, stats
+
+    def _seed_torch(self, step: int) -> None:
+        """What draws from torch's own generators (dropout, say) is a function of (seed, step) too."""
+        seed = (self._settings.seed * 1_000_003 + step) % 2**63
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device: 0.1 to 1 ms
+        if self._device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _to_batch(self, windows: Windows) -> Batch:
         obs = {name: torch.as_tensor(value).to(self._device) for name, value in windows.obs.items()}

@@ -18,7 +18,7 @@ from algorithms.policies.registry import FAMILIES, build
 from buffer.log import load_spec
 from buffer.sampler import Sampler
 from fleet.batch import BatchNeeds
-from fleet.errors import LearnerError, NoData
+from fleet.errors import LearnerError, NoData, RunFolderError
 from fleet.files import FolderLock
 from fleet.journal import Journal
 from fleet.lookup import resolve
@@ -28,11 +28,13 @@ from fleet.server.releases import ReleaseStore
 from fleet.spec import RobotSpec
 from learner.checkpoint import Checkpoint, Checkpoints
 from learner.engine import Engine, TorchEngine
-from learner.loop import POLL_S, BatchSource, Loop, LoopSettings, Phase, Progress
+from learner.loop import POLL_S, BatchSource, Loop, LoopSettings, Phase
 from learner.main import LearnerConfig, PolicyConfig, algorithm_class
 from learner.pace import Pace
+from learner.progress import Progress
 from learner.publisher import Publisher
 
+LOCK_WAIT_S = 3.0
 STATISTICS_STEPS = 8192  # drawn from the demonstrations, to normalise observations by
 Report = Callable[[Progress], None]
 
@@ -51,7 +53,7 @@ def train(run: RunFolder, tables: Mapping[str, Any], *, stop: Callable[[], bool]
     config: LearnerConfig = tables["learner"]
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.callback(FolderLock(run.checkpoints, "run's checkpoints: there is one learner a run").release)
+        stack.callback(_lock(run.checkpoints).release)
         journal, report = _instruments(run, config, report)
         stack.callback(journal.close)
         if config.num_threads:
@@ -217,6 +219,18 @@ def fit_statistics(policy: Any, source: BatchSource) -> None:
         obs = source.batch(BatchNeeds(STATISTICS_STEPS, 1, reads, {tuple(Source): 1.0}), 0).obs
     values = {name: np.asarray(value, np.float64) for name, value in obs.items()}
     policy.set_statistics({n: v.mean(0) for n, v in values.items()}, {n: v.std(0) for n, v in values.items()})
+
+
+def _lock(folder: Path) -> FolderLock:
+    """The lock of the run's one learner. One that was just killed may hold it for another moment."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            return FolderLock(folder, "run's checkpoints: there is one learner a run")
+        except RunFolderError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_S)
 
 
 def _plain(value: Any) -> Any:

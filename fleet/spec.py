@@ -119,7 +119,7 @@ class RobotSpec:
                 fields["shape"] = tuple(int(n) for n in fields["shape"])
                 features[str(name)] = Feature(**fields)
             return cls(str(data["robot_type"]), float(data["control_hz"]), features)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise SpecError(f"spec cannot be read: {error!r}", rule="the form that RobotSpec.to_dict writes") from None
 
     @property
@@ -157,6 +157,8 @@ def _check_feature(name: str, feature: Feature) -> None:
         raise SpecError(f"{where} has codec {feature.codec!r}", rule=f"one of {CODECS}")
     if feature.codec != "raw" and not (feature.is_image and feature.shape[2] in (1, 3)):
         raise SpecError(f"{where} has codec {feature.codec!r}", rule="jpeg is for uint8 images (H, W, 1 or 3)")
+    if not isinstance(feature.unit, str):
+        raise SpecError(f"{where} has unit of type {type(feature.unit).__name__}", rule="a string")
     for bound in (feature.low, feature.high):
         if bound is not None and not isinstance(bound, (int, float)):
             raise SpecError(f"{where} has a bound {bound!r}", rule="low and high are one number each, or None")

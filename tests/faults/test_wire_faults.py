@@ -365,9 +365,10 @@ def test_a_robot_that_does_not_read_blocks_nobody(server, bystander):
     started = time.monotonic()
     quick.deliver(20)
     assert time.monotonic() - started < 2.0
-    busy = time.process_time()
+    turns, receive = [], server.link.receive
+    server.link.receive = lambda timeout_s: (turns.append(1), receive(timeout_s))[1]
     time.sleep(0.5)
-    assert time.process_time() - busy < 0.3, "waiting for a slow reader must not burn a core"
+    assert len(turns) < 200, "waiting for a slow reader must not burn a core"
 
 
 def test_a_robot_that_floods_and_never_reads_blocks_nobody(server, bystander):

@@ -512,9 +512,8 @@ def test_pulls_are_served_and_what_is_missing_is_said(fleet):
 def test_ingest_goes_on_while_large_releases_are_pulled(fleet):
     sender = fleet.robot("arm-0")
     fleet.releases.pieces["chunk", "a"] = bytes(4_000_000)
-    for n in range(1, 20):
-        fleet.robot(f"arm-{n}").send(Message(Kind.PULL, {"what": "chunk", "id": "a"}))
-    fleet.releases.reads = 0
+    for puller in [fleet.robot(f"arm-{n}") for n in range(1, 20)]:
+        puller.send(Message(Kind.PULL, {"what": "chunk", "id": "a"}))
     sender.send(fragment(1))
     fleet.turn()
     assert acks(sender) == [1]

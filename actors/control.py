@@ -113,10 +113,14 @@ class ControlProcess:
     def _receive(self, what: str) -> Any:
         try:
             if not self._pipe.poll(START_TIMEOUT_S):
-                raise RobotError(f"the control process did not say {what} in {START_TIMEOUT_S:.0f} s", rule="robots open in time")
+                raise RobotError(
+                    f"the control process did not say {what} in {START_TIMEOUT_S:.0f} s", rule="robots open in time"
+                )
             kind, value = self._pipe.recv()
         except (EOFError, ConnectionResetError):
-            raise RobotError("the control process died", rule="it ends with a reason", remedy="see the log above for its error") from None
+            raise RobotError(
+                "the control process died", rule="it ends with a reason", remedy="see the log above for its error"
+            ) from None
         if kind == "error":
             raise RobotError(value["what"], rule=value["rule"], remedy=value["remedy"])
         return value

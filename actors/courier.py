@@ -1,7 +1,7 @@
 """The courier: everything beside the control loop. Inference on the main thread; spool, wire and releases on another.
 
-    control process -> steps ring -> Courier.serve_once -> rows -> Uplinker thread -> spool -> gateway
-    gateway -> Uplinker thread -> mailbox -> PolicyRunner.load -> Courier.serve_once -> chunks ring -> control process
+control process -> steps ring -> Courier.serve_once -> rows -> Uplinker thread -> spool -> gateway
+gateway -> Uplinker thread -> mailbox -> PolicyRunner.load -> Courier.serve_once -> chunks ring -> control process
 """
 
 from __future__ import annotations
@@ -218,5 +218,3 @@ class Uplinker:
 def _episode_of(rows: Rows) -> int:
     table: list[dict[str, Any]] = rows.get("steps") or rows.get("episodes") or rows["chunks"]
     return int(table[0]["episode_id"])
-
-

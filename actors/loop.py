@@ -31,7 +31,8 @@ class LoopSettings:
     """How the loop runs; the times are in seconds.
 
     tasks: What to do, in turn, starting at ``first_task``. run_seed, stream: give each episode its start's seed
-    (fleet/seeds.py). num_episodes: 0 = until stopped. execute: actions used of each chunk. realtime: False runs as fast as the policy allows.
+    (fleet/seeds.py). num_episodes: 0 = until stopped. execute: actions used of each chunk. realtime: False runs as fast
+    as the policy allows.
     chunk_deadline_s: how long a tick may wait for a chunk that is due in it.
     """
 
@@ -161,7 +162,9 @@ class ControlLoop:
             record = self.chunks.peek()
             if record["episode_id"] == episode:
                 actions = np.array(record["actions"][: int(record["horizon"])])
-                self.plan.add(PlannedChunk(int(record["chunk_id"]), int(record["frame_index"]), int(record["version"]), actions))
+                self.plan.add(
+                    PlannedChunk(int(record["chunk_id"]), int(record["frame_index"]), int(record["version"]), actions)
+                )
             self.chunks.release()
 
     def _report(

@@ -136,7 +136,11 @@ class Actor:
 
     def _metrics(self) -> dict[str, float]:
         late, self.counters.late_ms_max = self.counters.late_ms_max, 0.0
-        spool = {"spool": self.spool.num_pending, "spool_bytes": self.spool.bytes_pending, "dropped_steps": self.spool.dropped_steps}
+        spool = {
+            "spool": self.spool.num_pending,
+            "spool_bytes": self.spool.bytes_pending,
+            "dropped_steps": self.spool.dropped_steps,
+        }
         here = {"late_ms_max": late, "version": self.runner.version, "lost_steps": self.uplinker.lost_steps}
         return {**dataclasses.asdict(self.counters), **spool, **here}
 

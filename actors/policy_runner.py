@@ -52,11 +52,15 @@ class PolicyRunner:
         policy = build(str(manifest.policy["family"]), dict(manifest.policy["config"]))
         policy.spec.check_robot(self.spec)
         if policy.spec.horizon > MAX_HORIZON:
-            raise PolicyError(f"release {manifest.version} has a horizon of {policy.spec.horizon}", rule=f"at most {MAX_HORIZON}")
+            raise PolicyError(
+                f"release {manifest.version} has a horizon of {policy.spec.horizon}", rule=f"at most {MAX_HORIZON}"
+            )
         try:
             policy.load_state_dict(load(safetensors), strict=True)
         except RuntimeError as error:
-            raise PolicyError(f"weights of release {manifest.version} do not fit: {error}"[:500], rule="names and shapes agree") from None
+            raise PolicyError(
+                f"weights of release {manifest.version} do not fit: {error}"[:500], rule="names and shapes agree"
+            ) from None
         policy.eval()
         zeros = {name: np.zeros(f.shape, f.np_dtype) for name, f in self.spec.observations.items()}
         for task in list(self._embeddings)[:1] or [""]:

@@ -35,7 +35,9 @@ def decode(feature: Feature, data: bytes) -> np.ndarray:
     try:
         image: np.ndarray = _jpeg(feature).decode_jpeg(data, colorspace=space)
     except ValueError as error:
-        raise SpecError(f"{len(data)} bytes are not a jpeg: {error}", rule="images are encoded as their feature's codec says") from None
+        raise SpecError(
+            f"{len(data)} bytes are not a jpeg: {error}", rule="images are encoded as their feature's codec says"
+        ) from None
     if image.shape != feature.shape:
         raise SpecError(f"image of shape {image.shape}", rule=f"the spec says {feature.shape}")
     return image
@@ -47,5 +49,7 @@ def _jpeg(feature: Feature) -> Any:
     try:
         import simplejpeg
     except ImportError:
-        raise SpecError("simplejpeg is not installed", rule="codec 'jpeg' needs it", remedy="pip install 'fleet-rl[images]'") from None
+        raise SpecError(
+            "simplejpeg is not installed", rule="codec 'jpeg' needs it", remedy="pip install 'fleet-rl[images]'"
+        ) from None
     return simplejpeg

@@ -3,10 +3,10 @@
 A journal is for people: it is written without fsync and nothing depends on it. Every line has ``time_ns`` and
 ``kind``. Kinds, by the process that writes them:
 
-gateway: ``durable`` (robot, boot, seq, latency_ms: one number a step, executed -> fsynced; steps: by source), ``episode`` (robot, boot,
-    episode_id, task, outcome, judge, length, operator_steps, source, first_version, last_version), ``member`` (robot,
-    event: joined | left | lost | replaced), ``loaded`` (robot, version, latency_ms: published -> in the robot's policy),
-    ``refused`` (robot, error)
+gateway: ``durable`` (robot, boot, seq, latency_ms: one number a step, executed -> fsynced; steps: by source),
+    ``episode`` (robot, boot, episode_id, task, outcome, judge, length, operator_steps, source, first_version,
+    last_version), ``member`` (robot, event: joined | left | lost | replaced), ``loaded`` (robot, version, latency_ms:
+    published -> in the robot's policy), ``refused`` (robot, error)
 learner: ``sampleable`` (robot, seq, latency_ms: one number a step, executed -> in the sampler), ``update`` (step, loss,
     updates_per_s), ``published`` (version, step), ``checkpoint`` (step), ``resumed`` (step, version), ``waiting`` (why)
 """

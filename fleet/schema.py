@@ -229,9 +229,10 @@ def _check_columns(name: str, batch: pa.RecordBatch, expected: pa.Schema) -> Non
     if len(columns) != len(batch.schema):
         raise FragmentRefused(f"table {name!r} has a column twice", rule="column names are unique")
     for field in expected:
-        if columns.pop(field.name, None) != field.type:
+        seen = columns.pop(field.name, None)
+        if seen != field.type:
             raise FragmentRefused(
-                f"column {field.name!r} of table {name!r} is {batch.schema.field(field.name).type if field.name in batch.schema.names else 'missing'}",
+                f"column {field.name!r} of table {name!r} is {seen or 'missing'}",
                 rule=f"the spec says {field.type}",
                 remedy="send a spec in HELLO that matches what is recorded",
             )

@@ -71,7 +71,9 @@ def enroll(
         from infra.enroll import enroll as register
 
         path = register(run, robot_id, out or Path(f"{robot_id}.yaml"), endpoint)
-        typer.echo(f"{robot_id} is enrolled. Copy {path} to the robot (it holds its secret key), then there: fleet join {path.name}")
+        typer.echo(
+            f"{robot_id} is enrolled. Copy {path} to the robot (it holds its secret key), then there: fleet join {path.name}"
+        )
 
 
 @app.command()

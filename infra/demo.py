@@ -1,6 +1,6 @@
 """`fleet demo`: a whole fleet on one machine, through the real wire, from demonstrations to a report.
 
-    demonstrations -> start policy -> robots work, operators correct, the learner trains -> held-out tests -> report
+demonstrations -> start policy -> robots work, operators correct, the learner trains -> held-out tests -> report
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from infra.follow import RunFacts
 from infra.report import write_report
 from infra.run_config import load_tables
 from infra.sim import fleet_children, sim_child
-from infra.snapshot import take_snapshot
+from infra.snapshot import make_snapshot
 from infra.up import LocalRun, write_run_file
-from infra.view import LiveView
+from infra.view import FleetState, LiveView
 
 BUILT_IN = Path(__file__).with_name("demo.yaml")
 DEMONSTRATOR = "demonstrator"
@@ -83,18 +83,25 @@ class Demo:
             if self.stop_asked.is_set():
                 raise Stopped
             if time.monotonic() > deadline:
-                raise FleetError(f"phase {self.phase!r} took over {PHASE_TIMEOUT_S:.0f} s", remedy=f"see the logs in {self.run.logs}")
+                raise FleetError(
+                    f"phase {self.phase!r} took over {PHASE_TIMEOUT_S:.0f} s", remedy=f"see the logs in {self.run.logs}"
+                )
             self.status = self.local.poll()
             self.facts.update()
             show()
             time.sleep(0.2)
+
+    def snapshot(self) -> FleetState:
+        """What the live view shows."""
+        elapsed_s = time.monotonic() - self.started
+        return make_snapshot(self.phase, elapsed_s, self.facts, self.status, self.local.registry)
 
     def demonstrate(self, show: Callable[[], None]) -> None:
         """One robot shows each task; meanwhile the learner's cluster starts."""
         self.phase = "demonstrations"
         num_episodes = self.config.demonstrations * len(self.tables["run"].tasks)
         settings = {**self.tables["operator"].settings, "mode": "demonstrate", "budget_steps": None, "reaction_s": 0.0}
-        changes = {
+        changes: dict[str, dict[str, Any]] = {
             "operator": {"settings": settings},
             "actor": {"demonstrate": True, "realtime": False, "num_episodes": num_episodes},
         }
@@ -126,7 +133,10 @@ class Demo:
         first, last = versions[0], versions[-1]
         plan = [(first, self.config.episodes, "start"), (last, self.config.episodes, "final")]
         num = min(self.config.curve_releases, max(len(versions) - 2, 0))
-        plan += [(versions[round((i + 1) * (len(versions) - 1) / (num + 1))], self.config.curve_episodes, "release") for i in range(num)]
+        plan += [
+            (versions[round((i + 1) * (len(versions) - 1) / (num + 1))], self.config.curve_episodes, "release")
+            for i in range(num)
+        ]
         for version, episodes, label in plan:
             if self.stop_asked.is_set():
                 raise Stopped
@@ -185,7 +195,7 @@ def run_demo(folder: Path, config_file: Path | None, overrides: list[str]) -> No
     signal.signal(signal.SIGINT, lambda number, frame: demo.stop_asked.set())
     signal.signal(signal.SIGTERM, lambda number, frame: demo.stop_asked.set())
     try:
-        with LiveView(lambda: take_snapshot(demo)) as view:
+        with LiveView(demo.snapshot) as view:
             demo.local.start()
             demo.demonstrate(view.refresh)
             demo.train_start(view.refresh)
@@ -198,8 +208,8 @@ def run_demo(folder: Path, config_file: Path | None, overrides: list[str]) -> No
     except Stopped:
         print("stopping: checkpoint, then gateway and registry", flush=True)
         demo.local.stop()
-        print(f"Go on with: fleet up {demo.run.path} --resume    and robots: fleet sim {demo.run.path} --num {demo.config.num_robots}")
+        print(f"go on with: fleet up {demo.run.path} --resume")
+        print(f"and robots: fleet sim {demo.run.path} --num {demo.config.num_robots}")
     except BaseException:
         demo.local.stop()
         raise
-

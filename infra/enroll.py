@@ -15,7 +15,9 @@ from fleet.identity import enroll as make_credential
 from fleet.runfolder import RunFolder
 
 
-def enroll(run_path: Path, robot_id: str, out: Path, endpoint: str = "", overrides: dict[str, dict[str, Any]] | None = None) -> Path:
+def enroll(
+    run_path: Path, robot_id: str, out: Path, endpoint: str = "", overrides: dict[str, dict[str, Any]] | None = None
+) -> Path:
     """Writes the file of one robot. Its robot, operator and actor tables start as those of the run, to be edited.
 
     Args:
@@ -55,5 +57,7 @@ def gateway_endpoint(run: RunFolder) -> str:
         return str(json.loads((run.path / "gateway.json").read_text())["endpoint"])
     except (OSError, ValueError, KeyError):
         raise RunFolderError(
-            f"{run.path} has no gateway.json", rule="the gateway writes its address at its first start", remedy="start the run first: fleet up"
+            f"{run.path} has no gateway.json",
+            rule="the gateway writes its address at its first start",
+            remedy="start the run first: fleet up",
         ) from None

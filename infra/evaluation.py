@@ -41,7 +41,9 @@ def evaluate_release(run_path: Path, version: int = 0, episodes: int = 50, worke
     store = ReleaseStore(run.releases)
     newest = store.newest()
     if newest is None:
-        raise ReleaseError(f"{run.path} has no release", rule="the learner publishes one after its start phase", remedy="wait for it")
+        raise ReleaseError(
+            f"{run.path} has no release", rule="the learner publishes one after its start phase", remedy="wait for it"
+        )
     version = version or newest
     manifest = store.manifest(version)
     policy = build(manifest.policy["family"], manifest.policy["config"])

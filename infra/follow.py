@@ -41,6 +41,7 @@ class RobotFacts:
     task: str = ""
     steps: int = 0
     operator_steps: int = 0
+    joined_ns: int = 0
 
 
 @dataclasses.dataclass
@@ -93,11 +94,17 @@ class RunFacts:
         self.latencies["sampleable"].extend(line["latency_ms"])
 
     def _on_loaded(self, line: dict[str, Any]) -> None:
-        self._robot(line).version = line["version"]
-        self.latencies["loaded"].append(line["latency_ms"])
+        robot = self._robot(line)
+        robot.version = line["version"]
+        published_ns = line["time_ns"] - line["latency_ms"] * 1e6
+        if published_ns > robot.joined_ns:  # what was published before it came says nothing of our speed
+            self.latencies["loaded"].append(line["latency_ms"])
 
     def _on_member(self, line: dict[str, Any]) -> None:
-        self._robot(line).state = line["event"]
+        robot = self._robot(line)
+        robot.state = line["event"]
+        if line["event"] == "joined":
+            robot.joined_ns = line["time_ns"]
         self.messages.append(f"{line['robot']} {line['event']}")
 
     def _on_refused(self, line: dict[str, Any]) -> None:

@@ -24,7 +24,9 @@ class RunConfig:
 
     def check(self) -> None:
         if not self.tasks:
-            raise ConfigError("tasks is empty", rule="a run has at least one task", remedy="run: {tasks: {reach: reach the target}}")
+            raise ConfigError(
+                "tasks is empty", rule="a run has at least one task", remedy="run: {tasks: {reach: reach the target}}"
+            )
 
 
 PROCESS_TABLES: dict[str, type] = {"run": RunConfig, "gateway": GatewayConfig, "registry": RegistryConfig, **ACTOR_TABLES}

@@ -16,7 +16,9 @@ from infra.enroll import enroll_here
 from infra.supervisor import Child, Supervisor
 
 
-def sim_child(run: RunFolder, robot_id: str, changes: dict[str, dict[str, Any]], overrides: list[str], *, once: bool = False) -> Child:
+def sim_child(
+    run: RunFolder, robot_id: str, changes: dict[str, dict[str, Any]], overrides: list[str], *, once: bool = False
+) -> Child:
     """The supervised process of one simulated robot; ``changes`` are its differences from the run's tables."""
     path = enroll_here(run, robot_id, changes)
     command = [sys.executable, "-m", "infra.cli", "join", str(path), *overrides]
@@ -32,7 +34,7 @@ def fleet_children(run: RunFolder, num: int, overrides: list[str]) -> list[Child
         settings = dict(tables["operator"].settings)
         if budget is not None:
             settings["budget_steps"] = budget // num
-        changes = {"operator": {"settings": settings}, "actor": {"first_task": index}}
+        changes: dict[str, dict[str, Any]] = {"operator": {"settings": settings}, "actor": {"first_task": index}}
         children.append(sim_child(run, f"sim-{index:02d}", changes, overrides))
     return children
 

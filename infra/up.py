@@ -91,7 +91,9 @@ class LocalRun:
             gateway = self.supervisor.children["gateway"]
             if not gateway.running or time.monotonic() > deadline:
                 self.supervisor.stop()
-                raise GatewayUnreachable(f"the gateway did not start:\n{last_lines(log)}", rule="it writes gateway.json when it listens")
+                raise GatewayUnreachable(
+                    f"the gateway did not start:\n{last_lines(log)}", rule="it writes gateway.json when it listens"
+                )
             time.sleep(0.02)
 
     def start_cluster(self, address: str = "") -> None:
@@ -143,7 +145,9 @@ class LocalRun:
 def describe_learner(status: Any) -> dict[str, Any]:
     """What people want to know of a ``learner.cluster.LearnerStatus``, as plain data."""
     progress = status.progress
-    state = "finished" if status.done else "starting" if not status.pid else "waiting" if progress.get("waiting") else "training"
+    state = (
+        "finished" if status.done else "starting" if not status.pid else "waiting" if progress.get("waiting") else "training"
+    )
     return {
         "state": state,
         "step": progress.get("step", 0),
@@ -173,7 +177,9 @@ def up(source: Path, overrides: list[str], *, resume: bool, runs: Path, address:
     try:
         local.start()
         print(f"run {run.run_id} in {run.path}: gateway at {local.endpoint}", flush=True)
-        print(f"  register a robot:  fleet enroll arm-07 --run {run.path}    simulate: fleet sim {run.path} --num 4", flush=True)
+        print(
+            f"  register a robot:  fleet enroll arm-07 --run {run.path}    simulate: fleet sim {run.path} --num 4", flush=True
+        )
         local.start_cluster(address)
         local.start_learner()
         said = 0.0

@@ -18,7 +18,13 @@ from infra.sim import fleet_children, sim_child
 from infra.up import LocalRun, write_run_file
 
 TOY = Path(__file__).parents[2] / "examples" / "toy.yaml"
-QUICK = ["learner.min_steps=50", "learner.start_steps=100", "learner.checkpoint_every=50", "learner.publish_every=25", "learner.max_updates_per_step=1"]
+QUICK = [
+    "learner.min_steps=50",
+    "learner.start_steps=100",
+    "learner.checkpoint_every=50",
+    "learner.publish_every=25",
+    "learner.max_updates_per_step=1",
+]
 
 
 class ToyRun:
@@ -98,7 +104,9 @@ def test_the_learner_is_killed_and_nobody_else_notices(toy_run):
     steps_of = [ReleaseStore(toy_run.run.releases).manifest(v).step for v in versions]
     assert steps_of == sorted(steps_of)  # nobody was told that older weights are newer
     assert all(child.num_restarts == 0 for child in toy_run.robots)
-    still = sum(line["event"] == "lost" for line in read_journal(toy_run.run.logs / "gateway.jsonl") if line["kind"] == "member")
+    still = sum(
+        line["event"] == "lost" for line in read_journal(toy_run.run.logs / "gateway.jsonl") if line["kind"] == "member"
+    )
     assert still == lost
 
 

@@ -40,7 +40,9 @@ class Shard:
 
     def start(self):
         log = (self.run.logs / "gateway.log").open("ab")
-        self.gateway = subprocess.Popen([sys.executable, "-m", "buffer.main", str(self.run.path)], env=ENV, stderr=log, cwd=ROOT)
+        self.gateway = subprocess.Popen(
+            [sys.executable, "-m", "buffer.main", str(self.run.path)], env=ENV, stderr=log, cwd=ROOT
+        )
         wait_until((self.run.path / "gateway.json").exists)
         return self
 
@@ -98,7 +100,9 @@ def test_a_finished_demonstration_is_all_there(shard):
     assert actor.returncode == 0
     episodes = [line for line in read_journal(shard.run.logs / "gateway.jsonl") if line["kind"] == "episode"]
     assert [(e["source"], e["outcome"], e["operator_steps"]) for e in episodes] == [("demo", "success", 0)] * 4
-    durable = sum(len(line["latency_ms"]) for line in read_journal(shard.run.logs / "gateway.jsonl") if line["kind"] == "durable")
+    durable = sum(
+        len(line["latency_ms"]) for line in read_journal(shard.run.logs / "gateway.jsonl") if line["kind"] == "durable"
+    )
     assert durable == sum(e["length"] for e in episodes)
 
 
@@ -118,7 +122,9 @@ def test_a_full_disk_stops_acknowledgements_not_robots_and_nothing_is_lost(shard
         said, _ = actor.communicate(timeout=90)
         assert actor.returncode == 0 and "stay in the spool" not in said
         stored = shard.stored()
-        durable = [(x["robot"], x["boot"], x["seq"]) for x in read_journal(shard.run.logs / "gateway.jsonl") if x["kind"] == "durable"]
+        durable = [
+            (x["robot"], x["boot"], x["seq"]) for x in read_journal(shard.run.logs / "gateway.jsonl") if x["kind"] == "durable"
+        ]
         assert len(stored) == len(set(stored)) and set(durable) == set(stored)
         assert sorted(seq for _, _, seq in stored) == list(range(1, len(stored) + 1))
         closed = [x for x in read_journal(shard.run.logs / "gateway.jsonl") if x["kind"] == "episode"]

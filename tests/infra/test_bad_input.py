@@ -67,7 +67,9 @@ def test_a_wrong_key_on_the_command_line_is_named(run_file):
 
 def test_process_tables_are_checked_in_under_a_second_of_work(run_file):
     start = time.monotonic()
-    code, said = fleet("config", "check", run_file(lambda text: text.replace("commit", "commit").replace("gateway:", "gatewy:")))
+    code, said = fleet(
+        "config", "check", run_file(lambda text: text.replace("commit", "commit").replace("gateway:", "gatewy:"))
+    )
     assert code == 2 and "gatewy" in said
     assert time.monotonic() - start < 5  # one second of work on an idle machine; torch alone would take longer
 
@@ -146,7 +148,9 @@ def test_an_unknown_robot_adapter_is_named(tmp_path):
 def test_a_robot_that_waits_leaves_when_asked(tmp_path):
     path = enroll_here(make_run(tmp_path, f"tcp://127.0.0.1:{free_port()}"), "arm-1", {})
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", "infra.cli", "join", str(path)], env=env, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "infra.cli", "join", str(path)], env=env, stderr=subprocess.PIPE, text=True
+    )
     time.sleep(3)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)

@@ -1,4 +1,6 @@
-"""The Algorithm contract. ``learner/loop.py`` drives it without knowing which one it is:
+"""The Algorithm contract.
+
+``learner/loop.py`` drives it without knowing which one it is:
 
     batch = algorithm.prepare(sampler.batch(algorithm.needs, step))
     for part in algorithm.parts: engine.update(part, algorithm.loss(part, micro) for micro in batch)

@@ -146,17 +146,16 @@ def _read_evaluations(run: RunFolder, facts: Facts) -> list[dict[str, Any]]:
 
 def _count(facts: Facts, gateway: list[Any], learner: list[Any], supervisor: list[Any]) -> dict[str, Any]:
     demos = [e for e in facts.episodes if e.get("source") == "demo"]
-    operator_steps = sum(e["operator_steps"] for e in facts.fleet_episodes)
+    steps: collections.Counter[str] = collections.Counter()
+    for line in gateway:
+        if line["kind"] == "durable":
+            steps.update(line["steps"])
     kinds = collections.Counter(line["kind"] for line in [*gateway, *learner])
     updates = [line["step"] for line in learner if line["kind"] in ("update", "checkpoint", "published")]
     processes = {line["name"]: line["restarts"] for line in supervisor if line["kind"] == "process"}
     return {
         "steps_durable": len(facts.latencies_ms["durable"]),
-        "steps_by_source": {
-            "demo": sum(e["length"] for e in demos),
-            "operator": operator_steps,
-            "policy": sum(e["length"] for e in facts.fleet_episodes) - operator_steps,
-        },
+        "steps_by_source": dict(sorted(steps.items())),
         "episodes": len(facts.fleet_episodes),
         "episodes_with_operator": sum(e["operator_steps"] > 0 for e in facts.fleet_episodes),
         "demonstrations": len(demos),

@@ -15,7 +15,7 @@ find_python() {
             if usable "$path"; then echo "$path"; return; fi
         done < <(type -aP "$name" 2>/dev/null || true)
     done
-    echo "Python 3.11 or newer is needed; found: $(python3 --version 2>&1 || echo none)." >&2
+    echo "Python 3.11 or newer is needed; none of these is: ${PYTHON:-python3.11 python3.12 python3.13 python3} (python3 is $(python3 --version 2>&1 || echo missing))." >&2
     echo "Install it (Debian: apt-get install python3.11 python3.11-venv), or name one: make ... PYTHON=/path/to/python" >&2
     return 1
 }
@@ -40,7 +40,7 @@ log=$venv/setup-$mark.log
 # The log has everything; of it the large downloads and the installation itself are shown.
 "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar=off -c constraints/main.txt -e ".[$extras]" 2>&1 |
     tee "$log" |
-    awk '/^ *(Downloading|Using cached|Processing) .*\([0-9.]+ MB\)/ { size = $NF == "MB)" ? substr($(NF-1), 2) : 0
+    awk '/^ *(Downloading|Using cached|Processing) .*\([0-9.]+ MB\)/ { size = $NF == "MB)" ? substr($(NF-1), 2) + 0 : 0
              if (size >= 15) { print "setup    " $1, $2, $(NF-1), $NF; fflush() } }
          /^Installing collected/ { print "setup    installing " NF - 3 " packages"; fflush() }
          /^ERROR/ { print; fflush() }' ||

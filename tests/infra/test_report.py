@@ -35,7 +35,7 @@ def fill(run: RunFolder) -> None:
     gateway, learner = Writer(run.logs / "gateway.jsonl"), Writer(run.logs / "learner.jsonl")
     episode = {"boot": "b", "judge": "robot", "first_version": 1, "last_version": 1}
     gateway(0, "member", robot="demo", event="joined")
-    gateway(1, "durable", robot="demo", boot="b", seq=1, latency_ms=[100.0, 50.0])
+    gateway(1, "durable", robot="demo", boot="b", seq=1, latency_ms=[100.0, 50.0], steps={"demo": 2})
     gateway(
         2,
         "episode",
@@ -54,7 +54,15 @@ def fill(run: RunFolder) -> None:
     gateway(61, "loaded", robot="sim-0", version=1, latency_ms=11_000.0)  # published before the robot joined
     for i in range(20):  # sim-0 works from 60 s on; an episode each 6 s; the first half needs its operator
         at, helped = 62 + 6 * i, i < 10
-        gateway(at, "durable", robot="sim-0", boot="c", seq=i + 1, latency_ms=[float(10 * i + 10), 5.0])
+        gateway(
+            at,
+            "durable",
+            robot="sim-0",
+            boot="c",
+            seq=i + 1,
+            latency_ms=[float(10 * i + 10), 5.0],
+            steps={"policy": 1, "operator": 1},
+        )
         learner(at + 0.1, "sampleable", robot="sim-0", seq=i + 1, latency_ms=[float(10 * i + 110), 105.0])
         gateway(
             at,
@@ -98,7 +106,7 @@ def test_numbers_of_a_known_run(run: RunFolder) -> None:
     numbers = report(run)
     assert numbers["counts"] == {
         "steps_durable": 42,
-        "steps_by_source": {"demo": 70, "operator": 400, "policy": 1600},
+        "steps_by_source": {"demo": 2, "operator": 20, "policy": 20},
         "episodes": 20,
         "episodes_with_operator": 10,
         "demonstrations": 1,
@@ -173,7 +181,7 @@ def test_says_what_it_does_not_have(run: RunFolder) -> None:
     assert page.count("class=none>no data") == 5 and page.count("<svg") == 0
     assert numbers["before_after"] == [] and numbers["latencies_ms"] == {"durable": {}, "sampleable": {}, "loaded": {}}
 
-    Writer(run.logs / "gateway.jsonl")(0, "durable", robot="<b>", boot="b", seq=1, latency_ms=[1.0])
+    Writer(run.logs / "gateway.jsonl")(0, "durable", robot="<b>", boot="b", seq=1, latency_ms=[1.0], steps={"policy": 1})
     (run.report / "evaluations.json").write_text(
         json.dumps([{"version": 1, "label": "start", "at_ns": START_NS, "task": "<i>", "episodes": 4, "successes": 1}])
     )

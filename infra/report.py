@@ -20,9 +20,12 @@ from infra.report_data import (
     Facts,
     autonomous_success,
     before_after,
+    bin_minutes,
     curve,
     interventions_per_minute,
+    lag_series,
     latency_table,
+    mean_lag,
     percentiles,
     read_facts,
 )
@@ -59,7 +62,7 @@ def write_report(run: RunFolder) -> Path:
         "latencies_left_out": facts.left_out,
         "autonomous_success": autonomous_success(facts),
         "interventions_per_minute": interventions_per_minute(facts),
-        "version_lag": {robot: _summary([float(lag) for _, lag in points]) for robot, points in facts.lags.items()},
+        "version_lag": {robot: _lag_summary(points) for robot, points in facts.lags.items()},
     }
     run.report.mkdir(exist_ok=True)
     (run.report / "report.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
@@ -68,8 +71,9 @@ def write_report(run: RunFolder) -> Path:
     return path
 
 
-def _summary(values: list[float]) -> dict[str, float]:
-    return {"mean": round(sum(values) / len(values), 3), "max": max(values)} if values else {}
+def _lag_summary(points: list[tuple[float, int]]) -> dict[str, float]:
+    mean = mean_lag(points, points[0][0], points[-1][0])
+    return {"mean": round(mean or 0.0, 3), "max": max(lag for _, lag in points)}
 
 
 def _page(facts: Facts, numbers: dict[str, Any]) -> str:
@@ -78,8 +82,8 @@ def _page(facts: Facts, numbers: dict[str, Any]) -> str:
     plots = [
         ("Success on held-out starts", "Each tested release, with Wilson 95 % intervals.", _plot_curve),
         ("Success of the fleet at work", "Last 10 episodes a task that succeeded without an operator.", _plot_autonomous),
-        ("Interventions per minute", "Episodes in which an operator took over, by the minute they ended.", _plot_interventions),
-        ("Version lag", "Releases that are published and not yet loaded, by robot.", _plot_lags),
+        ("Interventions per minute", "Episodes in which an operator took over, by when they ended.", _plot_interventions),
+        ("Version lag", "Releases that are published and not yet loaded, by robot: mean over time.", _plot_lags),
     ]
     figures = "".join(
         f"<section><h2>{title}</h2><p class=muted>{text}</p>{_svg(draw, facts) or _none()}</section>"
@@ -203,21 +207,21 @@ def _finish_rates(axes: Axes, has_data: bool) -> bool:
 
 
 def _plot_interventions(axes: Axes, facts: Facts) -> bool:
-    minutes = interventions_per_minute(facts)
-    if not minutes:
+    bins, width = interventions_per_minute(facts), 0.9 * bin_minutes(facts)
+    if not bins:
         return False
-    middle = [minute + 0.5 for minute, _, _ in minutes]
-    axes.bar(middle, [episodes for _, _, episodes in minutes], width=0.9, color="#e3e3df", label="episodes")
-    axes.bar(middle, [number for _, number, _ in minutes], width=0.9, color=COLOURS[1], label="with intervention")
+    middles = [middle for middle, _, _ in bins]
+    axes.bar(middles, [episodes for _, _, episodes in bins], width=width, color="#e3e3df", label="episodes")
+    axes.bar(middles, [number for _, number, _ in bins], width=width, color=COLOURS[1], label="with intervention")
     axes.set_ylabel("per minute")
     axes.legend(frameon=False, fontsize=9)
     return True
 
 
 def _plot_lags(axes: Axes, facts: Facts) -> bool:
-    lags = {robot: points for robot, points in facts.lags.items() if points}
+    lags = {robot: points for robot, points in lag_series(facts).items() if points}
     for (robot, points), colour in zip(lags.items(), _colours(list(lags)).values(), strict=True):
-        axes.step([m for m, _ in points], [lag for _, lag in points], where="post", color=colour, linewidth=1.0, label=robot)
+        axes.plot([m for m, _ in points], [lag for _, lag in points], color=colour, linewidth=1.2, alpha=0.85, label=robot)
     if lags:
         axes.set_ylabel("releases")
         axes.set_ylim(bottom=0)

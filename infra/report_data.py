@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import collections
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -234,13 +235,41 @@ def autonomous_success(facts: Facts) -> dict[str, list[tuple[float, float]]]:
     return dict(sorted(series.items()))
 
 
-def interventions_per_minute(facts: Facts) -> list[tuple[float, int, int]]:
-    """(minute, interventions, episodes) for each minute from the fleet's first episode to its last, by the episode's end."""
-    minutes = [int(facts.minutes(e["time_ns"])) for e in facts.fleet_episodes]
-    if not minutes:
+def interventions_per_minute(facts: Facts) -> list[tuple[float, float, float]]:
+    """(minute at the middle of a bin, interventions a minute, episodes a minute), by the episode's end.
+
+    Bins are of ``bin_minutes``; an intervention is an episode in which an operator acted.
+    """
+    episodes, width = facts.fleet_episodes, bin_minutes(facts)
+    bins = [int(facts.minutes(e["time_ns"]) / width) for e in episodes]
+    if not bins:
         return []
-    with_operator = collections.Counter(
-        m for m, e in zip(minutes, facts.fleet_episodes, strict=True) if e["operator_steps"] > 0
-    )
-    every = collections.Counter(minutes)
-    return [(float(m), with_operator[m], every[m]) for m in range(min(minutes), max(minutes) + 1)]
+    helped = collections.Counter(b for b, e in zip(bins, episodes, strict=True) if e["operator_steps"] > 0)
+    every = collections.Counter(bins)
+    return [((b + 0.5) * width, helped[b] / width, every[b] / width) for b in range(min(bins), max(bins) + 1)]
+
+
+def bin_minutes(facts: Facts) -> float:
+    """Width of a bin so that a run has at least a dozen: 5 s to an hour."""
+    minutes = (facts.end_ns - facts.start_ns) / 60e9
+    return max([w for w in (5 / 60, 10 / 60, 0.5, 1.0, 5.0, 15.0, 60.0) if w <= minutes / 12], default=5 / 60)
+
+
+def mean_lag(points: list[tuple[float, int]], begin: float, end: float) -> float | None:
+    """Mean lag between two minutes, weighted by time; None where the robot's lag is not known there."""
+    total = known = 0.0
+    for (start, lag), (stop, _) in itertools.pairwise(points):
+        span = min(stop, end) - max(start, begin)
+        if span > 0:
+            total, known = total + lag * span, known + span
+    return total / known if known else None
+
+
+def lag_series(facts: Facts) -> dict[str, list[tuple[float, float]]]:
+    """Robot -> (minute at the middle of a bin, mean lag in it)."""
+    width, series = bin_minutes(facts), {}
+    for robot, points in facts.lags.items():
+        first, last = int(points[0][0] / width), int(points[-1][0] / width)
+        means = [((b + 0.5) * width, mean_lag(points, b * width, (b + 1) * width)) for b in range(first, last + 1)]
+        series[robot] = [(middle, lag) for middle, lag in means if lag is not None]
+    return series

@@ -160,12 +160,14 @@ class Ingest:
         robot, boot = item.key
         self.stats.fragments += 1
         self.stats.bytes += item.num_bytes
-        for source, count in zip(*np.unique(item.sources, return_counts=True), strict=True):
-            self.stats.steps[robot, source_name(int(source))] += int(count)
+        by_source = {source_name(int(s)): int(n) for s, n in zip(*np.unique(item.sources, return_counts=True), strict=True)}
+        for source, count in by_source.items():
+            self.stats.steps[robot, source] += count
         if self._journal is None:
             return
         if len(item.time_ns):
-            self._journal.write("durable", robot=robot, boot=boot, seq=item.seq, latency_ms=latencies_ms(item.time_ns, now_ns))
+            latency_ms = latencies_ms(item.time_ns, now_ns)
+            self._journal.write("durable", robot=robot, boot=boot, seq=item.seq, latency_ms=latency_ms, steps=by_source)
         for episode in item.episodes:
             self._journal.write("episode", robot=robot, boot=boot, **episode)
 

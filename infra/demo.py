@@ -97,8 +97,8 @@ class Demo:
         return make_snapshot(self.phase, elapsed_s, self.facts, self.status, self.local.registry)
 
     def demonstrate(self, show: Callable[[], None]) -> None:
-        """One robot shows each task; meanwhile the learner's cluster starts."""
-        self.phase = "demonstrations"
+        """One robot shows each task; the learner's cluster starts meanwhile."""
+        self.phase = "demonstrations; Ray starts meanwhile"
         num_episodes = self.config.demonstrations * len(self.tables["run"].tasks)
         settings = {**self.tables["operator"].settings, "mode": "demonstrate", "budget_steps": None, "reaction_s": 0.0}
         changes: dict[str, dict[str, Any]] = {
@@ -107,9 +107,9 @@ class Demo:
         }
         child = sim_child(self.run, DEMONSTRATOR, changes, [], once=True)
         self.local.supervisor.add(child)
-        starter = _Background(self.local.start_cluster)
-        self.wait_until(lambda: child.done and starter.done, show)
-        starter.result()
+        show()
+        self.local.start_cluster()  # on this thread: Ray's processes end with the thread that started them
+        self.wait_until(lambda: child.done, show)
 
     def train_start(self, show: Callable[[], None]) -> None:
         """Until the start policy is published as the first release."""
@@ -146,31 +146,6 @@ class Demo:
                 f"release {version} ({label}): {100 * total.rate:.1f} % of {total.num_episodes} held-out episodes succeed "
                 f"(95 % interval {100 * total.low:.0f} - {100 * total.high:.0f} %)"
             )
-
-
-class _Background:
-    """One call in a thread; ``result`` raises what it raised."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._error: BaseException | None = None
-        self._function = function
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    @property
-    def done(self) -> bool:
-        return not self._thread.is_alive()
-
-    def result(self) -> None:
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        try:
-            self._function()
-        except BaseException as error:  # handed on by result()
-            self._error = error
 
 
 def prepare_demo(folder: Path, config_file: Path | None, overrides: list[str]) -> Demo:

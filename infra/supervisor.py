@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import os
 import signal
 import subprocess
 import time
@@ -41,6 +43,10 @@ class Child:
     done: bool = False
 
     @property
+    def pid_file(self) -> Path:
+        return self.log.with_suffix(".pid")
+
+    @property
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
@@ -57,7 +63,8 @@ class Supervisor:
         self._journal = journal
 
     def add(self, child: Child) -> None:
-        """Starts a child at once."""
+        """Starts a child at once. One that a supervisor which died left behind is ended first."""
+        end_earlier(child)
         self.children[child.name] = child
         self._start(child)
 
@@ -101,6 +108,7 @@ class Supervisor:
             child.process = subprocess.Popen(
                 child.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
+        child.pid_file.write_text(str(child.process.pid))
         if self._journal is not None:
             self._journal.write("process", name=child.name, pid=child.process.pid, restarts=child.num_restarts)
 
@@ -120,6 +128,29 @@ class Supervisor:
                 remedy=f"its last words, from {child.log}:\n{last_lines(child.log)}",
             )
         child.start_at = now + min(FIRST_PAUSE_S * 2 ** (len(child.ends) - 1), LONGEST_PAUSE_S)
+
+
+def end_earlier(child: Child, timeout_s: float = 10.0) -> None:
+    """Ends the process that an earlier supervisor started for this child, if it still runs."""
+    try:
+        pid = int(child.pid_file.read_text())
+    except (OSError, ValueError):
+        return
+    deadline = time.monotonic() + timeout_s
+    number = signal.SIGTERM
+    while _command_of(pid) == " ".join(child.command):  # a number can be given anew to somebody else's process
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        if time.monotonic() > deadline:
+            number = signal.SIGKILL
+        time.sleep(0.05)
+
+
+def _command_of(pid: int) -> str:
+    """Command line of a live process, "" if there is none."""
+    shown = subprocess.run(["ps", "-ww", "-o", "stat=,args=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    stat, _, command = shown.stdout.strip().partition(" ")
+    return "" if stat.startswith("Z") else command.strip()
 
 
 def last_lines(path: Path, num: int = 12) -> str:

@@ -20,7 +20,7 @@ from fleet.errors import GatewayUnreachable, RunFolderError
 from fleet.identity import create_run_keys
 from fleet.journal import Journal
 from fleet.runfolder import RunFolder
-from fleet.server.registry import Registry, RegistryServer, registry_url
+from fleet.server.registry import Registry, registry_url, server_command
 from infra.run_config import load_tables, write_catalogue
 from infra.supervisor import Child, Supervisor, last_lines
 
@@ -69,7 +69,6 @@ class LocalRun:
         write_catalogue(run, tables["run"])
         self.journal = Journal(run.logs / "supervisor.jsonl")
         self.supervisor = Supervisor(self.journal)
-        self.registry_server: RegistryServer | None = None
         self.registry: Registry | None = None
         self.learner: Any = None
 
@@ -81,7 +80,7 @@ class LocalRun:
         """
         config = self.tables["registry"]
         if not config.url:
-            self.registry_server = RegistryServer(self.run.registry)
+            self.supervisor.add(Child("registry", server_command(self.run.registry), self.run.logs / "registry.log"))
         self.registry = Registry(registry_url(self.run.registry, self.run.config), config.prefix)
         old = endpoint_file(self.run).stat().st_mtime_ns if endpoint_file(self.run).exists() else 0
         log = self.run.logs / "gateway.log"
@@ -97,7 +96,10 @@ class LocalRun:
             time.sleep(0.02)
 
     def start_cluster(self, address: str = "") -> None:
-        """Starts a local Ray, or joins the cluster at ``address``. Takes seconds; may run in a thread of its own."""
+        """Starts a local Ray, or joins the cluster at ``address``. Takes about eight seconds.
+
+        Call it on a thread that lives as long as the run: the system ends Ray's processes with the thread that made them.
+        """
         from learner.cluster import start_ray
 
         start_ray(address or None)
@@ -106,7 +108,8 @@ class LocalRun:
         """Starts the learner in Ray, after ``start_cluster``."""
         from learner.cluster import LearnerHandle
 
-        self.learner = LearnerHandle(self.run, self.tables)
+        num_gpus = 1 if self.tables["learner"].device == "cuda" else 0
+        self.learner = LearnerHandle(self.run, self.tables, num_gpus=num_gpus)
 
     def poll(self) -> dict[str, Any]:
         """Keeps everything running and returns the learner's status, {} before its start.
@@ -136,8 +139,6 @@ class LocalRun:
         if self.registry is not None:
             self.registry.close()
         self.supervisor.stop()
-        if self.registry_server is not None:
-            self.registry_server.stop()
         self.journal.close()
         self._lock.close()
 

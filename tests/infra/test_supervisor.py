@@ -56,6 +56,29 @@ def test_work_that_fails_is_tried_again(tmp_path):
     assert child.num_restarts == 1
 
 
+def test_what_a_dead_supervisor_left_behind_is_ended_first(tmp_path):
+    code = "import time; time.sleep(60)"
+    first = python(code, tmp_path)
+    Supervisor().add(first)  # this supervisor is never asked again, as if it had been killed
+    second = python(code, tmp_path)
+    supervisor = Supervisor()
+    supervisor.add(second)
+    assert first.process.wait(5) == -signal.SIGTERM
+    assert second.running
+    supervisor.stop()
+
+
+def test_a_pid_that_was_given_to_another_process_is_left_alone(tmp_path):
+    other = python("import time; time.sleep(60)", tmp_path, name="other")
+    supervisor = Supervisor()
+    supervisor.add(other)
+    child = python("import time; time.sleep(61)", tmp_path)
+    child.pid_file.write_text(str(other.process.pid))
+    supervisor.add(child)
+    assert other.running and child.running
+    supervisor.stop()
+
+
 def test_a_child_that_ignores_sigterm_is_killed(tmp_path):
     supervisor = Supervisor()
     child = python("import signal, time; signal.signal(15, signal.SIG_IGN); print('on', flush=True); time.sleep(60)", tmp_path)

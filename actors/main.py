@@ -25,7 +25,7 @@ from actors.policy_runner import PolicyRunner
 from actors.ring import RingClosed
 from actors.uplink import Uplink
 from fleet.config import load_run
-from fleet.errors import ConfigError, GatewayUnreachable, IdentityError, RobotError
+from fleet.errors import ConfigError, FleetError, GatewayUnreachable, RobotError
 from fleet.identity import Credential
 from fleet.spool import Spool
 from fleet.transport_zmq import ZmqRobotLink
@@ -98,17 +98,10 @@ class Actor:
             time.sleep(0.01)
         return False
 
-    def _unreachable(self) -> GatewayUnreachable | IdentityError:
-        if self.link.state == "refused":
-            return IdentityError(
-                f"the gateway at {self.credential.endpoint} refuses the key of {self.credential.robot_id!r}",
-                rule="only enrolled robots are served",
-                remedy=f"run `fleet enroll {self.credential.robot_id}` on the learner's machine and copy the new file here",
-            )
-        return GatewayUnreachable(
-            f"nothing answers at {self.credential.endpoint}",
-            rule="the robot starts after its first contact",
-            remedy="start the run with `fleet up`, or correct credential.endpoint; trying again meanwhile",
+    def _unreachable(self) -> FleetError:
+        """Why nothing answers, as far as the link can tell."""
+        return self.link.last_error or GatewayUnreachable(
+            f"nothing answers at {self.credential.endpoint}", rule="the gateway of the run listens there", remedy="trying again"
         )
 
     def _work(self) -> None:

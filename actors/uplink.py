@@ -50,6 +50,14 @@ class Uplink:
     ) -> None:
         self.link, self.spool, self.spec, self.mailbox = link, spool, spec, mailbox
         self._on_welcome, self._metrics = on_welcome, metrics
+        self._handlers: dict[Kind, Callable[[Message], None]] = {
+            Kind.WELCOME: self._welcome,
+            Kind.ACK: self._acknowledged,
+            Kind.CHUNK: self._chunk,
+            Kind.HEARTBEAT: self._heard_beat,
+            Kind.EVENT: self._event,
+            Kind.BYE: self._refused,
+        }
         self.connected = False
         self._boot = spool.boot_id
         self._unacknowledged = self._connects = 0
@@ -129,26 +137,31 @@ class Uplink:
 
     def _handle(self, message: Message) -> None:
         self._last_heard = time.monotonic()
-        fields = message.fields
-        if message.kind == Kind.WELCOME:
-            self._welcome(fields)
-        elif message.kind == Kind.ACK:
-            before = self.spool.num_pending
-            self.spool.acknowledge(fields["boot_id"], fields["seq"])
-            self._unacknowledged = max(self._unacknowledged - (before - self.spool.num_pending), 0)
-        elif message.kind == Kind.CHUNK:
-            try:
-                self.mailbox.deliver(fields["what"], fields["id"], message.payload)
-            except ReleaseError as error:
-                self.tell("release_failed", what=error.what)
-        elif message.kind == Kind.HEARTBEAT:
-            self.mailbox.announce(int(fields["metrics"].get("release") or 0))
-        elif message.kind == Kind.EVENT and fields["event"] == "release":
-            self.mailbox.announce(int(fields.get("version", 0)))
-        elif message.kind == Kind.BYE:
-            self._refused(fields["error"])
+        handler = self._handlers.get(message.kind)
+        if handler is not None:  # kinds of later versions are nothing to this one
+            handler(message)
 
-    def _welcome(self, fields: dict[str, Any]) -> None:
+    def _acknowledged(self, message: Message) -> None:
+        before = self.spool.num_pending
+        self.spool.acknowledge(message.fields["boot_id"], message.fields["seq"])
+        self._unacknowledged = max(self._unacknowledged - (before - self.spool.num_pending), 0)
+
+    def _chunk(self, message: Message) -> None:
+        fields = message.fields
+        try:
+            self.mailbox.deliver(fields["what"], fields["id"], message.payload)
+        except ReleaseError as error:
+            self.tell("release_failed", what=error.what)
+
+    def _heard_beat(self, message: Message) -> None:
+        self.mailbox.announce(int(message.fields["metrics"].get("release") or 0))
+
+    def _event(self, message: Message) -> None:
+        if message.fields["event"] == "release":
+            self.mailbox.announce(int(message.fields.get("version", 0)))
+
+    def _welcome(self, message: Message) -> None:
+        fields = message.fields
         if fields["boot_id"] != self._boot:
             return
         self.spool.rewind(self._boot, fields["seq"])
@@ -157,7 +170,8 @@ class Uplink:
         self.connected = True
         self._on_welcome(fields["tasks"], fields["settings"])
 
-    def _refused(self, error: dict[str, Any]) -> None:
+    def _refused(self, message: Message) -> None:
+        error = message.fields["error"]
         self.connected = False
         other_version = error.get("code") == ProtocolError.code and "speaks protocols" in str(error.get("rule"))
         if error.get("code") in FATAL or other_version:

@@ -157,7 +157,7 @@ class Sampler:
         self._add_columns(record, steps, spec)
         if self._journal is not None:
             latency = latencies_ms(steps.column("time_ns").to_numpy(), time.time_ns())
-            self._journal.write("sampleable", robot=record.robot_id, seq=record.seq, latency_ms=latency)
+            self._journal.write("sampleable", robot=record.robot_id, boot=record.boot_id, seq=record.seq, latency_ms=latency)
 
     def _link(self, boot: _Boot, steps: pa.RecordBatch, source: np.ndarray, first: int) -> None:
         episode, frame = steps.column("episode_id")[0].as_py(), steps.column("frame_index").to_numpy()

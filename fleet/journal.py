@@ -7,7 +7,7 @@ gateway: ``durable`` (robot, boot, seq, latency_ms: one number a step, executed 
     ``episode`` (robot, boot, episode_id, task, outcome, judge, length, operator_steps, source, first_version,
     last_version), ``member`` (robot, event: joined | left | lost | replaced), ``loaded`` (robot, version, latency_ms:
     published -> in the robot's policy), ``refused`` (robot, error)
-learner: ``sampleable`` (robot, seq, latency_ms: one number a step, executed -> in the sampler), ``update`` (step, loss,
+learner: ``sampleable`` (robot, boot, seq, latency_ms: one number a step, executed -> in the sampler), ``update`` (step, loss,
     updates_per_s), ``published`` (version, step), ``checkpoint`` (step), ``resumed`` (step, version), ``waiting`` (why)
 """
 

@@ -10,7 +10,6 @@ Workers are spawned processes: a script that calls this needs ``if __name__ == "
 from __future__ import annotations
 
 import dataclasses
-import math
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,8 +25,8 @@ from algorithms.policies.registry import build
 from fleet.errors import ConfigError, RobotError
 from fleet.robot import Robot
 from fleet.seeds import HELD_OUT
+from infra.intervals import wilson
 
-_Z = 1.959964  # normal quantile of 97.5 %
 _SEEDS_A_JOB = 5
 
 
@@ -107,15 +106,6 @@ def evaluate(
     episodes = _run_here(setup, jobs) if num_workers == 0 else _run_in_workers(setup, jobs, num_workers)
     rows = tuple(_row(task, [e for e in episodes if e.task == task]) for task in tasks)
     return Table(rows, _row("all", episodes), tuple(episodes))
-
-
-def wilson(num_successes: int, num_episodes: int) -> tuple[float, float]:
-    """Wilson score interval of a rate at 95 %."""
-    n, rate = num_episodes, num_successes / num_episodes
-    centre = (rate + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(rate * (1 - rate) / n + _Z**2 / (4 * n**2))
-    # Rounding must not put the rate itself outside.
-    return max(0.0, min(rate, centre - half)), min(1.0, max(rate, centre + half))
 
 
 def _row(task: str, episodes: Sequence[EpisodeResult]) -> Row:

@@ -16,7 +16,8 @@ from fleet.errors import ReleaseError
 from fleet.runfolder import RunFolder
 from fleet.seeds import held_out_seeds
 from fleet.server.releases import ReleaseStore
-from infra.evaluate import Table, evaluate, wilson
+from infra.evaluate import Table, evaluate
+from infra.intervals import wilson
 
 
 def results_file(run: RunFolder) -> Path:

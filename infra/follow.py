@@ -59,6 +59,8 @@ class RunFacts:
     def __init__(self, run: RunFolder) -> None:
         self._gateway = JournalTail(run.logs / "gateway.jsonl")
         self._learner = JournalTail(run.logs / "learner.jsonl")
+        self._learner_since_ns = 0
+        self._sampleable: set[tuple[str, str, int]] = set()
         self.robots: dict[str, RobotFacts] = {}
         self.tasks: dict[str, TaskFacts] = {}
         self.learner: dict[str, Any] = {}
@@ -72,7 +74,10 @@ class RunFacts:
         }
 
     def update(self) -> None:
-        for line in self._gateway.read() + self._learner.read():
+        learner = self._learner.read()
+        if learner and not self._learner_since_ns:
+            self._learner_since_ns = learner[0]["time_ns"]
+        for line in self._gateway.read() + learner:
             handler = getattr(self, f"_on_{line['kind']}", None)
             if handler is not None:
                 handler(line)
@@ -91,7 +96,13 @@ class RunFacts:
         self.latencies["durable"].extend(line["latency_ms"])
 
     def _on_sampleable(self, line: dict[str, Any]) -> None:
-        self.latencies["sampleable"].extend(line["latency_ms"])
+        key = (line["robot"], line["boot"], line["seq"])
+        if key in self._sampleable:
+            return  # a learner that starts again reads the log from its beginning
+        self._sampleable.add(key)
+        # Steps that were executed before the learner was there say nothing of our speed.
+        age_ms = (line["time_ns"] - self._learner_since_ns) / 1e6
+        self.latencies["sampleable"].extend(ms for ms in line["latency_ms"] if ms <= age_ms)
 
     def _on_loaded(self, line: dict[str, Any]) -> None:
         robot = self._robot(line)

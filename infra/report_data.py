@@ -7,7 +7,6 @@ import collections
 import dataclasses
 import itertools
 import json
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,10 +14,9 @@ import numpy as np
 
 from fleet.journal import read_journal
 from fleet.runfolder import RunFolder
+from infra.intervals import wilson
 
-Z_95 = 1.959964
 ROLLING = 10  # episodes behind a point of the fleet's own success
-SAME_STEP_MS = 1000.0
 LATENCIES = {
     "durable": "step executed → durable",
     "sampleable": "step executed → sampleable",
@@ -56,16 +54,6 @@ class Facts:
         return [e for e in self.episodes if e.get("source") != "demo"]
 
 
-def wilson(num_successes: int, num: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a rate; (0, 1) when nothing was tried."""
-    if num == 0:
-        return 0.0, 1.0
-    rate, z2 = num_successes / num, Z_95**2
-    centre = (rate + z2 / (2 * num)) / (1 + z2 / num)
-    half = Z_95 / (1 + z2 / num) * math.sqrt(rate * (1 - rate) / num + z2 / (4 * num * num))
-    return max(0.0, min(rate, centre - half)), min(1.0, max(rate, centre + half))
-
-
 def read_facts(run: RunFolder) -> Facts:
     """Everything that the report says. What is missing in the run is missing here, and is no error."""
     gateway = list(read_journal(run.logs / "gateway.jsonl"))
@@ -91,17 +79,12 @@ def read_facts(run: RunFolder) -> Facts:
 def _read_sampleable(facts: Facts, learner: list[dict[str, Any]]) -> None:
     """A learner that starts again reads the log from its beginning: only the first time of each fragment counts."""
     name, begin_ns = "sampleable", learner[0]["time_ns"] if learner else 0
-    seen: dict[tuple[str, int], list[float]] = collections.defaultdict(list)
+    seen: set[tuple[str, str, int]] = set()
     for line in learner:
-        if line["kind"] != "sampleable" or not line["latency_ms"]:
+        if line["kind"] != "sampleable" or (key := (line["robot"], line["boot"], line["seq"])) in seen:
             continue
-        now_ms = line["time_ns"] / 1e6
-        first_ms = now_ms - line["latency_ms"][0]
-        before = seen[line["robot"], line["seq"]]
-        if any(abs(first_ms - other) < SAME_STEP_MS for other in before):
-            continue
-        before.append(first_ms)
-        counted = [ms for ms in line["latency_ms"] if now_ms - ms >= begin_ns / 1e6]
+        seen.add(key)
+        counted = [ms for ms in line["latency_ms"] if line["time_ns"] - ms * 1e6 >= begin_ns]
         facts.latencies_ms[name] += counted
         facts.left_out[name] += len(line["latency_ms"]) - len(counted)
 

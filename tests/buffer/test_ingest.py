@@ -22,7 +22,7 @@ def ingest(tmp_path):
     log.close()
 
 
-def refused(ingest, fields, payload, rule, robot=R):
+def assert_refused(ingest, fields, payload, rule, robot=R):
     before = ingest._log.last(robot, fields["boot_id"])
     with pytest.raises(FragmentRefused, match=rule) as caught:
         ingest.offer(robot, fields, payload)
@@ -54,19 +54,19 @@ def test_duplicates_are_acknowledged_again_and_stored_once(ingest, tmp_path):
 
 @pytest.mark.parametrize("seq", [-1, 0, 2, 3])
 def test_numbers_without_their_predecessor_are_refused(ingest, seq):
-    assert refused(ingest, *message(R, B, seq, 0, 0, [P]), "gapless").rule == "gapless"
+    assert assert_refused(ingest, *message(R, B, seq, 0, 0, [P]), "gapless").rule == "gapless"
     assert ingest.stats.refused == 1
     ingest.offer(R, *message(R, B, 1, 0, 0, [P]))
 
 
 def test_an_unknown_spec_is_refused(ingest):
     fields, payload = message(R, B, 1, 0, 0, [P])
-    refused(ingest, {**fields, "spec_hash": "f" * 16}, payload, "HELLO")
+    assert_refused(ingest, {**fields, "spec_hash": "f" * 16}, payload, "HELLO")
 
 
 def test_another_robots_steps_are_refused(ingest):
     ingest.admit("r2", B, make_spec())
-    refused(ingest, *message(R, B, 1, 0, 0, [P]), "belongs to", robot="r2")
+    assert_refused(ingest, *message(R, B, 1, 0, 0, [P]), "belongs to", robot="r2")
 
 
 @pytest.mark.parametrize(
@@ -80,15 +80,15 @@ def test_another_robots_steps_are_refused(ingest):
 )
 def test_frames_that_jump_are_refused(ingest, second, rule):
     ingest.offer(R, *message(R, B, 1, 0, 0, [P] * 5, opened=True))
-    refused(ingest, *message(R, B, 2, *second), rule)
+    assert_refused(ingest, *message(R, B, 2, *second), rule)
     ingest.offer(R, *message(R, B, 2, 0, 5, [P]))
 
 
 def test_an_episode_does_not_go_on_after_its_end(ingest):
     ingest.offer(R, *message(R, B, 1, 4, 0, [P] * 5, opened=True, closed=True))
-    refused(ingest, *message(R, B, 2, 4, 5, [P]), "does not go on")
-    refused(ingest, *message(R, B, 2, 4, 5, [], closed=True), "closed, once")
-    refused(ingest, *message(R, B, 2, 3, 0, [P]), "count up")
+    assert_refused(ingest, *message(R, B, 2, 4, 5, [P]), "does not go on")
+    assert_refused(ingest, *message(R, B, 2, 4, 5, [], closed=True), "closed, once")
+    assert_refused(ingest, *message(R, B, 2, 3, 0, [P]), "count up")
     ingest.offer(R, *message(R, B, 2, 5, 0, [P]))
 
 
@@ -96,13 +96,13 @@ def test_steps_of_two_episodes_in_one_fragment_are_refused(ingest):
     spec = make_spec()
     rows = make_rows(R, B, 0, 0, [P]) + make_rows(R, B, 1, 0, [P])
     directory, payload = encode_fragment({"steps": build_table("steps", spec, rows)})
-    refused(ingest, {"boot_id": B, "seq": 1, "spec_hash": spec.hash, "tables": directory}, payload, "one episode")
+    assert_refused(ingest, {"boot_id": B, "seq": 1, "spec_hash": spec.hash, "tables": directory}, payload, "one episode")
 
 
 def test_mutated_bytes_are_refused(ingest):
     fields, payload = message(R, B, 1, 0, 0, [P] * 5)
     for data in (payload[:-64], payload + bytes(64), bytes(len(payload))):
-        refused(ingest, fields, data, ".")
+        assert_refused(ingest, fields, data, ".")
     assert ingest.stats.refused == 3
 
 
@@ -111,7 +111,7 @@ def test_dropped_numbers_pass_and_end_their_episode(ingest):
     fields = {"boot_id": B, "spec_hash": make_spec().hash, "tables": directory}
     ingest.offer(R, {**fields, "seq": 1}, payload)
     ingest.offer(R, {**fields, "seq": 2}, payload)
-    refused(ingest, *message(R, B, 3, 0, 0, [P]), "does not go on")
+    assert_refused(ingest, *message(R, B, 3, 0, 0, [P]), "does not go on")
     ingest.offer(R, *message(R, B, 3, 1, 0, [P]))
 
 
@@ -121,7 +121,7 @@ def test_order_is_remembered_over_a_restart(ingest, tmp_path):
     ingest._log.close()
     again = Ingest(Log(tmp_path / "buffer"), Journal(tmp_path / "again.jsonl"))
     assert again.admit(R, B, make_spec()) == 1
-    refused(again, *message(R, B, 2, 0, 4, [P]), "without a gap")
+    assert_refused(again, *message(R, B, 2, 0, 4, [P]), "without a gap")
     again.offer(R, *message(R, B, 2, 0, 3, [O], closed=True))
     again.commit()
     (episode,) = [line for line in read_journal(tmp_path / "again.jsonl") if line["kind"] == "episode"]

@@ -7,7 +7,8 @@ from algorithms.policies.registry import build
 from fleet.errors import ConfigError, PolicyError, RobotError
 from fleet.seeds import HELD_OUT, TRAINING, held_out_seeds, training_seed
 from fleet.spec import STATE
-from infra.evaluate import evaluate, wilson
+from infra.evaluate import evaluate
+from infra.intervals import wilson
 
 TASKS = {"reach": encode("reach the target"), "mirror": encode("go to the mirror image")}
 

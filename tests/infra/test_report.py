@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from fleet.runfolder import RunFolder
+from infra.intervals import wilson
 from infra.report import latency_table, write_report
-from infra.report_data import autonomous_success, read_facts, wilson
+from infra.report_data import autonomous_success, read_facts
 
 START_NS = 1_700_000_000_000_000_000
 
@@ -49,7 +50,9 @@ def fill(run: RunFolder) -> None:
         **episode,
     )
     gateway(60, "member", robot="sim-0", event="joined")
-    learner(30, "sampleable", robot="demo", seq=1, latency_ms=[29_100.0, 29_050.0])  # executed before the learner was there
+    learner(
+        30, "sampleable", robot="demo", boot="b", seq=1, latency_ms=[29_100.0, 29_050.0]
+    )  # executed before the learner was there
     learner(50, "published", version=1, step=2000)
     gateway(61, "loaded", robot="sim-0", version=1, latency_ms=11_000.0)  # published before the robot joined
     for i in range(20):  # sim-0 works from 60 s on; an episode each 6 s; the first half needs its operator
@@ -63,7 +66,7 @@ def fill(run: RunFolder) -> None:
             latency_ms=[float(10 * i + 10), 5.0],
             steps={"policy": 1, "operator": 1},
         )
-        learner(at + 0.1, "sampleable", robot="sim-0", seq=i + 1, latency_ms=[float(10 * i + 110), 105.0])
+        learner(at + 0.1, "sampleable", robot="sim-0", boot="b", seq=i + 1, latency_ms=[float(10 * i + 110), 105.0])
         gateway(
             at,
             "episode",
@@ -79,7 +82,9 @@ def fill(run: RunFolder) -> None:
     learner(100, "published", version=2, step=2500)
     learner(110, "published", version=3, step=3000)
     gateway(111, "loaded", robot="sim-0", version=3, latency_ms=1000.0)
-    learner(150, "sampleable", robot="sim-0", seq=1, latency_ms=[88_010.0, 88_005.0])  # read again by a resumed learner
+    learner(
+        150, "sampleable", robot="sim-0", boot="b", seq=1, latency_ms=[88_010.0, 88_005.0]
+    )  # read again by a resumed learner
     learner(151, "resumed", step=2900, version=3)
     learner(170, "update", step=8000, loss=0.1, updates_per_s=100.0)
     gateway(171, "refused", robot="sim-0", error={"code": "fragment_refused"})

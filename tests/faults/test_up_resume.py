@@ -1,0 +1,93 @@
+"""`fleet up`, `fleet join`, `fleet sim`, `fleet status` as a user types them; `fleet up` is killed and gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from buffer.reader import LogReader
+from fleet.journal import read_journal
+from fleet.server.releases import ReleaseStore
+
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+QUICK = ["learner.min_steps=50", "learner.start_steps=100", "learner.checkpoint_every=50", "learner.publish_every=25"]
+
+
+def fleet(*arguments):
+    """Starts a command of the command line in the background, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "infra.cli", *map(str, arguments)],
+        env=ENV,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(condition, timeout_s):
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return value
+
+
+def stop(process):
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    return said
+
+
+def lines(run, name, kind):
+    return [line for line in read_journal(run / "logs" / f"{name}.jsonl") if line["kind"] == kind]
+
+
+@pytest.mark.timeout(240)
+def test_a_killed_run_is_gone_on_with_and_its_robots_never_stop(tmp_path):
+    run = tmp_path / "toy"
+    up = fleet("up", ROOT / "examples" / "toy.yaml", "--runs", tmp_path, *QUICK)
+    started = [up]
+    try:
+        wait_until((run / "gateway.json").exists, 60)
+        teacher = tmp_path / "teacher.yaml"
+        assert fleet("enroll", "teacher", "--run", run, "--out", teacher).wait(30) == 0
+        taught = fleet("join", teacher, "actor.demonstrate=true", "operator.settings.mode=demonstrate", "actor.num_episodes=8")
+        assert taught.wait(60) == 0, taught.communicate()
+        sims = fleet("sim", run, "--num", 2)
+        started.append(sims)
+        wait_until(lambda: len(lines(run, "learner", "checkpoint")) >= 3, 90)
+        up.kill()
+        up.communicate()
+        kept = lines(run, "learner", "checkpoint")[-1]["step"]
+        refused = fleet("up", ROOT / "examples" / "toy.yaml", "--runs", tmp_path)
+        assert "--resume" in refused.communicate(timeout=30)[0] and refused.returncode == 2
+        again = fleet("up", run, "--resume")
+        started.append(again)
+        resumed = wait_until(lambda: lines(run, "learner", "resumed"), 90)
+        assert resumed[0]["step"] >= kept
+        before = len(lines(run, "gateway", "durable"))
+        wait_until(lambda: len(lines(run, "gateway", "durable")) > before + 6, 60)
+        status = fleet("status", run, "--json")
+        shown = json.loads(status.communicate(timeout=30)[0])
+        assert {"sim-00", "sim-01"} <= set(shown["robots"]) and shown["learner"]["step"] > kept
+        assert 1 <= shown["release"] <= ReleaseStore(run / "releases").newest()
+    finally:
+        said = [stop(process) for process in reversed(started)]
+    assert "--resume" in said[0]  # the last one says how to go on
+    restarts = [line for line in (run / "logs").glob("sim-*.log") if "Traceback" in line.read_text()]
+    assert restarts == []
+    reader = LogReader(run / "buffer")
+    stored = [(r.robot_id, r.boot_id, r.seq) for r in reader.poll()]
+    reader.close()
+    acknowledged = {(line["robot"], line["boot"], line["seq"]) for line in lines(run, "gateway", "durable")}
+    assert acknowledged <= set(stored) and len(stored) == len(set(stored))
+    assert {robot: len({b for r, b, _ in stored if r == robot}) for robot in ("sim-00", "sim-01")} == {"sim-00": 1, "sim-01": 1}

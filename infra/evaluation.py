@@ -20,6 +20,9 @@ from infra.evaluate import Table, evaluate
 from infra.intervals import wilson
 
 
+FIRST_START = 2000  # the demo's settings were chosen on earlier held-out starts; claims are made on these
+
+
 def results_file(run: RunFolder) -> Path:
     return run.report / "evaluations.json"
 
@@ -56,7 +59,7 @@ def evaluate_release(run_path: Path, version: int = 0, episodes: int = 50, worke
         tables["robot"].adapter,
         tables["robot"].settings,
         tasks,
-        held_out_seeds(episodes),
+        held_out_seeds(episodes, first=FIRST_START),
         execute=tables["actor"].execute,
         num_workers=workers,
     )

@@ -84,6 +84,7 @@ def _page(facts: Facts, numbers: dict[str, Any]) -> str:
         ("Success of the fleet at work", "Last 10 episodes a task that succeeded without an operator.", _plot_autonomous),
         ("Interventions per minute", "Episodes in which an operator took over, by when they ended.", _plot_interventions),
         ("Version lag", "Releases that are published and not yet loaded, by robot: mean over time.", _plot_lags),
+        ("Latencies", "Share of steps, or of releases on a robot, that took at most so long.", _plot_latencies),
     ]
     figures = "".join(
         f"<section><h2>{title}</h2><p class=muted>{text}</p>{_svg(draw, facts) or _none()}</section>"
@@ -161,7 +162,7 @@ def _svg(draw: Callable[[Axes, Facts], bool], facts: Facts) -> str:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e5e5")
         axes.set_axisbelow(True)
-        axes.set_xlabel("minutes since the run started")
+        axes.set_xlabel(axes.get_xlabel() or "minutes since the run started")
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
     text = out.getvalue()
@@ -228,3 +229,17 @@ def _plot_lags(axes: Axes, facts: Facts) -> bool:
         if len(lags) <= len(COLOURS):
             axes.legend(frameon=False, fontsize=9, ncols=2)
     return bool(lags)
+
+
+def _plot_latencies(axes: Axes, facts: Facts) -> bool:
+    series = {name: sorted(values) for name, values in facts.latencies_ms.items() if values}
+    for (name, values), colour in zip(series.items(), COLOURS, strict=False):
+        shares = [100 * (index + 1) / len(values) for index in range(len(values))]
+        axes.plot(values, shares, color=colour, linewidth=1.4, label=LATENCIES[name])
+    if series:
+        axes.set_xscale("log")
+        axes.set_xlabel("ms")
+        axes.set_ylabel("share, %")
+        axes.set_ylim(0, 103)
+        axes.legend(frameon=False, fontsize=9, loc="upper left")
+    return bool(series)

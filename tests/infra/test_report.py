@@ -173,7 +173,7 @@ def test_the_page_needs_nothing_else(run: RunFolder) -> None:
     path = write_report(run)
     assert path == run.report / "index.html"
     page = path.read_text()
-    assert page.count("<svg") == 4 and "no data" not in page
+    assert page.count("<svg") == 5 and "no data" not in page
     assert "http://" not in page and "https://" not in page and not re.search(r"<(script|link|img|iframe)|@import", page)
     parser = Ids()
     parser.feed(page)
@@ -185,7 +185,7 @@ def test_the_page_needs_nothing_else(run: RunFolder) -> None:
 def test_says_what_it_does_not_have(run: RunFolder) -> None:
     numbers = report(run)
     page = (run.report / "index.html").read_text()
-    assert page.count("class=none>no data") == 5 and page.count("<svg") == 0
+    assert page.count("class=none>no data") == 6 and page.count("<svg") == 0
     assert numbers["before_after"] == [] and numbers["latencies_ms"] == {"durable": {}, "sampleable": {}, "loaded": {}}
 
     Writer(run.logs / "gateway.jsonl")(0, "durable", robot="<b>", boot="b", seq=1, latency_ms=[1.0], steps={"policy": 1})

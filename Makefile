@@ -8,8 +8,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 SETUP := pyproject.toml constraints/main.txt tools/setup.sh
-RUN ?=
-SEED ?=
+RUN ?= runs/demo
 TESTS ?= tests
 
 .PHONY: help demo test test-full bench lint clean
@@ -18,7 +17,7 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
 
 demo: $(VENV)/.ready-demo  ## train a simulated fleet from a few demonstrations, watch it, get a report
-	@exec $(VENV)/bin/fleet demo $(if $(RUN),$(RUN)) $(if $(SEED),--seed $(SEED))
+	@exec $(VENV)/bin/fleet demo $(RUN)
 
 test: lint  ## lint, types and every test at small counts
 	@echo "tests (FLEET_TEST_SCALE=1)"

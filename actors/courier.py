@@ -172,6 +172,9 @@ class Uplinker:
             self.uplink.bye()
         except FleetError as error:
             self.failure = error
+        except Exception as error:  # a defect; an actor without its wire must end and be started again, not hang
+            log.exception("the wire's thread failed")
+            self.failure = FleetError(f"the wire's thread failed: {error!r}", remedy="report this with the log above")
 
     def _spool_cuts(self) -> None:
         wrote = False

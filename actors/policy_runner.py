@@ -46,6 +46,7 @@ class PolicyRunner:
         import torch
         from safetensors.torch import load
 
+        from algorithms.policies.base import INSTRUCTION
         from algorithms.policies.registry import build
 
         torch.set_num_threads(self.num_threads)
@@ -63,10 +64,10 @@ class PolicyRunner:
             ) from None
         policy.eval()
         zeros = {name: np.zeros(f.shape, f.np_dtype) for name, f in self.spec.observations.items()}
-        for task in list(self._embeddings)[:1] or [""]:
-            actions_HA, _ = _infer(policy, zeros, self._embeddings.get(task))
-            if not np.isfinite(actions_HA).all():
-                raise PolicyError(f"release {manifest.version} proposes NaN", rule="finite actions for a zero observation")
+        embedding = np.zeros(policy.spec.conditions.get(INSTRUCTION, (0,)), np.float32)
+        actions_HA, _ = _infer(policy, zeros, embedding)
+        if not np.isfinite(actions_HA).all():
+            raise PolicyError(f"release {manifest.version} proposes NaN", rule="finite actions for a zero observation")
         self._loaded = (manifest.version, policy)
 
     @property
@@ -97,12 +98,11 @@ class PolicyRunner:
         return ChunkRow(episode_id, self._next_chunk - 1, frame_index, version, latency_ms, actions_HA, log_prob_T)
 
 
-def _infer(policy: Any, obs: Mapping[str, np.ndarray], embedding: np.ndarray | None) -> tuple[np.ndarray, list[float]]:
+def _infer(policy: Any, obs: Mapping[str, np.ndarray], embedding: np.ndarray) -> tuple[np.ndarray, list[float]]:
     import torch
 
     batch = {name: torch.from_numpy(np.array(obs[name]))[None] for name in policy.spec.reads}
-    if embedding is not None:
-        batch["instruction"] = torch.from_numpy(embedding)[None]
+    batch["instruction"] = torch.from_numpy(embedding)[None]
     with torch.inference_mode():
         chunk = policy.act(batch)
     actions = chunk.actions_BHA[0].float().cpu().numpy()

@@ -19,7 +19,6 @@ from fleet.server.releases import ReleaseStore
 from infra.evaluate import Table, evaluate
 from infra.intervals import wilson
 
-
 FIRST_START = 2000  # the demo's settings were chosen on earlier held-out starts; claims are made on these
 
 

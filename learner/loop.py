@@ -329,6 +329,7 @@ class Loop:
             self._window_start, self._window_step = now, progress.step
         if self._background is not None:
             progress.num_replaced = self._background.num_replaced
+        progress.by_source = {source.name.lower(): self._source.num_steps(source) for source in Source}
         self._report(dataclasses.replace(progress, stats=dict(progress.stats), seconds=dict(progress.seconds)))
 
     @contextmanager

@@ -15,6 +15,7 @@ class Progress:
     algorithm: str = ""
     release: int = 0
     num_steps: int = 0
+    by_source: dict[str, int] = dataclasses.field(default_factory=dict)
     updates_per_s: float = 0.0
     waiting: str = ""
     num_replaced: int = 0

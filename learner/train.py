@@ -255,6 +255,8 @@ def _instruments(run: RunFolder, config: LearnerConfig, report: Report) -> tuple
             wait_s = progress.seconds.get("wait", 0.0)
             metrics.add("fleet_learner_data_wait", max(wait_s - waited[0], 0.0))
             waited[0] = wait_s
+            for source, num_steps in progress.by_source.items():
+                metrics.set("fleet_buffer_steps", num_steps, source=source)
             report(progress)
 
     (run.logs / "learner.pid").write_text(str(os.getpid()))

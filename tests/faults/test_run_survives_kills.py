@@ -1,12 +1,15 @@
 """A whole run - gateway, registry, learner in Ray, robots - in which the learner and the gateway are killed with -9."""
 
 import collections
+import json
 import os
 import signal
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from buffer.reader import LogReader
 from fleet.journal import read_journal
@@ -129,6 +132,30 @@ def test_a_robot_is_killed_and_comes_back_alone(toy_run):
     toy_run.until(lambda: {b for r, b, _ in toy_run.durable() if r == victim.name} - boots, 60)
     assert victim.num_restarts == 1 and other.num_restarts == 0
     assert toy_run.facts.robots[other.name].steps > other_steps
+
+
+def scrape(path):
+    """All samples of a Prometheus endpoint whose port is in a file of the run: (name, labels) -> value."""
+    port = json.loads(path.read_text())["metrics_port"]
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return {(s.name, *sorted(s.labels.values())): s.value for s in samples}
+
+
+@pytest.mark.timeout(60)
+def test_prometheus_endpoints_tell_what_the_journals_tell(toy_run):
+    toy_run.until(lambda: toy_run.status.get("pid"), 30)
+    gateway, learner = scrape(toy_run.run.path / "gateway.json"), scrape(toy_run.run.path / "learner.json")
+    assert gateway["fleet_robots_live",] == 2
+    assert sum(v for k, v in gateway.items() if k[0] == "fleet_steps_ingested_total" and "sim-00" in k) > 0
+    for name in ("fleet_robot_version_lag", "fleet_robot_spool_depth", "fleet_robot_last_seen_seconds"):
+        assert any(key[0] == name and "sim-01" in key for key in gateway)
+    assert gateway["fleet_durable_latency_seconds_count",] > 0 and gateway["fleet_loaded_latency_seconds_count",] > 0
+    assert any(key[0] == "fleet_episodes_total" and "reach" in key for key in gateway)
+    assert learner["fleet_learner_updates_total",] > 0 and learner["fleet_learner_updates_rate",] > 0
+    assert 0 < learner["fleet_learner_loss",] < 10
+    assert learner["fleet_sampleable_latency_seconds_count",] > 0
+    assert learner["fleet_buffer_steps", "demo"] > 50
 
 
 @pytest.mark.timeout(60)

@@ -194,7 +194,7 @@ def test_says_what_it_does_not_have(run: RunFolder) -> None:
     )
     report(run)
     page = (run.report / "index.html").read_text()
-    assert "not tested" in page and page.count("<svg") == 1 and "<i>" not in page
+    assert "not tested" in page and page.count("<svg") == 2 and "<i>" not in page
 
 
 @pytest.mark.parametrize(("k", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (50, 50, 0.9287, 1.0)])

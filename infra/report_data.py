@@ -134,10 +134,6 @@ def _count(facts: Facts, gateway: list[Any], learner: list[Any], supervisor: lis
     for line in gateway:
         if line["kind"] == "durable":
             steps.update(line.get("steps", {}))
-    if not steps:  # a journal that tells sources by closed episode only
-        operator_steps = sum(e["operator_steps"] for e in facts.fleet_episodes)
-        policy_steps = sum(e["length"] for e in facts.fleet_episodes) - operator_steps
-        steps.update(demo=sum(e["length"] for e in demos), operator=operator_steps, policy=policy_steps)
     kinds = collections.Counter(line["kind"] for line in [*gateway, *learner])
     updates = [line["step"] for line in learner if line["kind"] in ("update", "checkpoint", "published")]
     processes = {line["name"]: line["restarts"] for line in supervisor if line["kind"] == "process"}

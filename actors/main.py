@@ -52,7 +52,7 @@ class Actor:
         self.stop = threading.Event()
         self.counters = Counters()
         self._tasks: dict[str, Any] = {}
-        folder = path.parent / f"{self.credential.robot_id}.state"
+        self._folder = folder = path.parent / f"{self.credential.robot_id}.state"
         args = ControlArgs(tables["robot"], tables["operator"], self.config)
         self.control = ControlProcess(multiprocessing.get_context("spawn"), args)
         self.spec = self.control.spec
@@ -111,7 +111,7 @@ class Actor:
             raise ConfigError(f"actor.tasks has {unknown}", rule=f"the run's tasks are {sorted(self._tasks)}")
         instructions = {task: str(entry["instruction"]) for task, entry in self._tasks.items()}
         builder = FragmentBuilder(self.spec, self.credential.robot_id, self.spool.boot_id, instructions)
-        steps, chunks = self.control.go(names, f"{self.credential.robot_id}/{self.spool.boot_id}")
+        steps, chunks = self.control.go(names, f"{self.credential.robot_id}/{self._count_start()}")
         courier = Courier(self.spec, steps, chunks, self.runner, builder, self.cuts, self.counters, self.config.fragment_s)
         try:
             while True:
@@ -122,6 +122,13 @@ class Actor:
             self.control.join()
         if self.control.failure is not None and not self.stop.is_set():
             raise self.control.failure
+
+    def _count_start(self) -> int:
+        """Which start of this robot this is: each draws episode starts of its own, the same ones in a repeated run."""
+        path = self._folder / "starts"
+        number = int(path.read_text()) + 1 if path.exists() else 1
+        path.write_text(str(number))
+        return number
 
     def _welcome(self, tasks: dict[str, Any], settings: dict[str, Any]) -> None:
         self.runner.set_embeddings({task: entry["embedding"] for task, entry in tasks.items()})

@@ -43,12 +43,18 @@ class PolicyRunner:
         Raises:
             PolicyError: The policy cannot drive this robot, its weights do not fit, or its self-test failed.
         """
-        import torch
-        from safetensors.torch import load
+        try:
+            import torch
+            from safetensors.torch import load
 
-        from algorithms.policies.base import INSTRUCTION
-        from algorithms.policies.registry import build
-
+            from algorithms.policies.base import INSTRUCTION
+            from algorithms.policies.registry import build
+        except ImportError as error:
+            raise PolicyError(
+                f"a release came and this robot cannot run it: {error.name} is not installed",
+                rule="a robot that acts by the policy has the extra 'actor'; one that demonstrates needs the base only",
+                remedy="pip install 'fleet-rl[actor]'",
+            ) from None
         torch.set_num_threads(self.num_threads)
         policy = build(str(manifest.policy["family"]), dict(manifest.policy["config"]))
         policy.spec.check_robot(self.spec)

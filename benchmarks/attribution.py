@@ -53,7 +53,7 @@ class Outcome:
 def run_arm(arm: str, seed: int, folder: Path, operator_steps: int, episodes: int, overrides: list[str]) -> Outcome:
     """One run of the system. ``operator_steps``: what HG-DAgger's operator gave with this seed (for "more demonstrations")."""
     shutil.rmtree(folder, ignore_errors=True)
-    settings = [f"run.seed={seed}", f"learner.seed={seed}", f"actor.seed={seed}", *overrides]
+    settings = [f"learner.seed={seed}", f"actor.seed={seed}", *overrides]
     if arm == LATE:
         settings.append(f"operator.settings.reaction_s={LATE_S}")
     if arm in (NO_NEW_DATA, MORE_DEMONSTRATIONS):

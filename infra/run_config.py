@@ -17,8 +17,6 @@ from fleet.server.registry import RegistryConfig
 
 @dataclasses.dataclass
 class RunConfig:
-    seed: int = 0
-    """Seed of starts, batches and weights."""
     tasks: dict[str, str] = dataclasses.field(default_factory=dict)
     """Instruction by task name."""
 

@@ -139,6 +139,15 @@ def test_a_credential_cannot_be_overwritten_by_accident(tmp_path):
     assert out.stat().st_mode & 0o077 == 0
 
 
+def test_a_robot_can_be_revoked_once_and_enrolled_again(tmp_path):
+    run = make_run(tmp_path, "tcp://127.0.0.1:7447")
+    for number in (1, 2):
+        assert fleet("enroll", "arm-1", "--run", run.path, "--out", tmp_path / f"{number}.yaml")[0] == 0
+        assert fleet("revoke", "arm-1", "--run", run.path)[0] == 0
+    code, said = fleet("revoke", "arm-1", "--run", run.path)
+    assert code == 2 and "not enrolled" in said
+
+
 def test_an_unknown_robot_adapter_is_named(tmp_path):
     run = make_run(tmp_path, f"tcp://127.0.0.1:{free_port()}")
     code, said = fleet("join", enroll_here(run, "arm-1", {"robot": {"adapter": "tooy"}}))

@@ -51,7 +51,9 @@ def leftovers(run):
 @pytest.mark.timeout(180)
 def test_the_demo_ends_with_tested_releases_and_a_report(tmp_path):
     run = tmp_path / "run"
-    demo = fleet("demo", run, "--config", ROOT / "examples" / "toy.yaml", *SMALL, "learner.steps=400", "learner.publish_every=50")
+    demo = fleet(
+        "demo", run, "--config", ROOT / "examples" / "toy.yaml", *SMALL, "learner.steps=400", "learner.publish_every=50"
+    )
     said, _ = demo.communicate(timeout=170)
     assert demo.returncode == 0, said
     assert "(start)" in said and "(final)" in said and "index.html" in said

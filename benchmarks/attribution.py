@@ -3,6 +3,8 @@ plain demonstration steps as the operator gave.
 
     python -m benchmarks.attribution --seeds 3            # about 25 minutes on 2 cores
 
+A run that was finished is not made again: delete runs/attribution to start anew.
+
 Every arm is a whole run of the demo's system: own processes, wire, log, learner. Arms of one seed share the seed of
 demonstrations, weights and batches. Success is measured on the same held-out starts. Intervals: over seeds, Student's t.
 """
@@ -52,6 +54,9 @@ class Outcome:
 
 def run_arm(arm: str, seed: int, folder: Path, operator_steps: int, episodes: int, overrides: list[str]) -> Outcome:
     """One run of the system. ``operator_steps``: what HG-DAgger's operator gave with this seed (for "more demonstrations")."""
+    kept = folder / "outcome.json"
+    if kept.exists():
+        return Outcome(**json.loads(kept.read_text()))
     shutil.rmtree(folder, ignore_errors=True)
     settings = [f"learner.seed={seed}", f"actor.seed={seed}", *overrides]
     if arm == LATE:
@@ -70,7 +75,9 @@ def run_arm(arm: str, seed: int, folder: Path, operator_steps: int, episodes: in
     finally:
         demo.local.stop()
     demo.facts.update()
-    return _measure(demo, arm, seed, episodes, time.monotonic() - started)
+    outcome = _measure(demo, arm, seed, episodes, time.monotonic() - started)
+    kept.write_text(json.dumps(dataclasses.asdict(outcome)))
+    return outcome
 
 
 def _quiet() -> None:
@@ -194,8 +201,8 @@ def main() -> None:
     outcomes: list[Outcome] = []
     for seed in range(1, args.seeds + 1):
         given = 0
-        for number, arm in enumerate(args.arms):
-            outcome = run_arm(arm, seed, args.folder / f"seed{seed}-arm{number}", given, args.episodes, args.set)
+        for arm in args.arms:
+            outcome = run_arm(arm, seed, args.folder / f"seed{seed}-arm{ARMS.index(arm)}", given, args.episodes, args.set)
             given = outcome.operator_steps if arm == HG_DAGGER else given
             outcomes.append(outcome)
             sys.stderr.write(f"seed {seed}, {arm}: {100 * outcome.start:.1f} -> {100 * outcome.final:.1f} %, "

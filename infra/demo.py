@@ -176,11 +176,12 @@ def run_demo(folder: Path, config_file: Path | None, overrides: list[str]) -> No
             demo.train_start(view.refresh)
             demo.work(view.refresh)
         demo.local.stop()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing is left that a sudden end could harm
         print("testing releases on held-out starts", flush=True)
         demo.test(lambda text: print(f"  {text}", flush=True))
         print(f"report: {write_report(demo.run)}", flush=True)
         print(f"took {time.monotonic() - demo.started:.0f} s", flush=True)
-    except Stopped:
+    except (Stopped, KeyboardInterrupt):
         print("stopping: checkpoint, then gateway and registry", flush=True)
         demo.local.stop()
         print(f"go on with: fleet up {demo.run.path} --resume")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import signal
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -152,6 +153,7 @@ _process: dict[str, Any] = {}  # of a worker process: its "setup", and its "work
 
 
 def _start_process(setup: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent decides
     torch.set_num_threads(1)  # a batch of one is faster on one core, and the workers share the cores
     _process["setup"] = setup
 
@@ -176,5 +178,8 @@ def _run_in_workers(setup: tuple[Any, ...], jobs: Sequence[Any], num_workers: in
     with ProcessPoolExecutor(min(num_workers, len(jobs)), context, _start_process, (setup,)) as pool:
         try:
             return [episode for episodes in pool.map(_run_job, jobs) for episode in episodes]
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
         except BrokenProcessPool as broken:
             raise RobotError("a process that ran evaluation episodes died", remedy="look at its last output above") from broken

@@ -76,7 +76,7 @@ def test_ctrl_c_leaves_a_run_that_up_goes_on_with(tmp_path):
             assert time.monotonic() < deadline and demo.poll() is None
             time.sleep(0.1)
     finally:
-        demo.send_signal(signal.SIGINT)
+        os.killpg(demo.pid, signal.SIGINT)  # as a terminal does: every process of the group gets it
         said, _ = demo.communicate(timeout=60)
     assert demo.returncode == 0 and f"fleet up {run} --resume" in said
     assert leftovers(run) == []
@@ -93,6 +93,6 @@ def test_ctrl_c_leaves_a_run_that_up_goes_on_with(tmp_path):
         assert resumed["step"] == kept and resumed["version"] == released
     finally:
         for process in (sims, up):
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT)
             process.communicate(timeout=60)
     assert leftovers(run) == []

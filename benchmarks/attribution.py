@@ -127,7 +127,7 @@ def interval(values: list[float]) -> tuple[float | None, float | None]:
         return None, None
     half = T_975.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values))
     mean = statistics.mean(values)
-    return round(mean - half, 2), round(min(mean + half, 100.0), 2)
+    return round(mean - half, 2), round(mean + half, 2)
 
 
 def rows_of(outcomes: list[Outcome]) -> list[Row]:
@@ -146,6 +146,8 @@ def rows_of(outcomes: list[Outcome]) -> list[Row]:
 
 def _mean_row(what: str, values: list[float], unit: str) -> Row:
     low, high = interval(values)
+    if unit == "%" and low is not None and high is not None:
+        low, high = max(low, 0.0), min(high, 100.0)
     return Row(what, round(statistics.mean(values), 2), unit, low, high, len(values))
 
 

@@ -90,7 +90,13 @@ def _demonstrate_more(demo: Demo, num_steps: int) -> None:
     while demo.facts.demo_steps - before < num_steps:
         mean_length = max(demo.facts.demo_steps / max(demo.facts.demo_episodes, 1), 1)
         missing = math.ceil((num_steps - (demo.facts.demo_steps - before)) / mean_length)
-        settings = {**demo.tables["operator"].settings, "mode": "demonstrate", "budget_steps": None, "reaction_s": 0.0}
+        settings = {
+            **demo.tables["operator"].settings,
+            "mode": "demonstrate",
+            "budget_steps": None,
+            "task_budget_steps": None,
+            "reaction_s": 0.0,
+        }
         actor = {"demonstrate": True, "realtime": False, "num_episodes": missing, "first_task": round_number}
         name = f"{DEMONSTRATOR}-{round_number}"
         child = sim_child(demo.run, name, {"operator": {"settings": settings}, "actor": actor}, [], once=True)

@@ -100,7 +100,13 @@ class Demo:
         """One robot shows each task; the learner's cluster starts meanwhile."""
         self.phase = "demonstrations; Ray starts meanwhile"
         num_episodes = self.config.demonstrations * len(self.tables["run"].tasks)
-        settings = {**self.tables["operator"].settings, "mode": "demonstrate", "budget_steps": None, "reaction_s": 0.0}
+        settings = {
+            **self.tables["operator"].settings,
+            "mode": "demonstrate",
+            "budget_steps": None,
+            "task_budget_steps": None,
+            "reaction_s": 0.0,
+        }
         changes: dict[str, dict[str, Any]] = {
             "operator": {"settings": settings},
             "actor": {"demonstrate": True, "realtime": False, "num_episodes": num_episodes},

@@ -28,12 +28,12 @@ def sim_child(
 def fleet_children(run: RunFolder, num: int, overrides: list[str]) -> list[Child]:
     """``num`` robots that share the run's operator budget evenly and begin with different tasks."""
     tables = load_run(run.config, TABLES)
-    budget = tables["operator"].settings.get("budget_steps")
     children = []
     for index in range(num):
         settings = dict(tables["operator"].settings)
-        if budget is not None:
-            settings["budget_steps"] = budget // num
+        for budget in ("budget_steps", "task_budget_steps"):
+            if settings.get(budget) is not None:
+                settings[budget] //= num
         changes: dict[str, dict[str, Any]] = {"operator": {"settings": settings}, "actor": {"first_task": index}}
         children.append(sim_child(run, f"sim-{index:02d}", changes, overrides))
     return children

@@ -8,7 +8,7 @@ unsteady hands. What it leaves out: watching several robots at once, and being w
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
 import numpy as np
 
@@ -34,6 +34,7 @@ class ScriptedOperator:
         keep: "episode": keeps control to the episode's end. "steps": hands back after ``keep_steps`` and watches again.
         keep_steps: Ticks of control for keep="steps".
         budget_steps: Steps that it can act in all, over all episodes; then the robot goes on alone. None: no limit.
+        task_budget_steps: Steps that it can act in each task, so that one long task does not take all of its time.
         action_noise: Standard deviation of Gaussian noise on its own actions, in the action's units.
         seed: Of that noise.
     """
@@ -51,15 +52,17 @@ class ScriptedOperator:
         keep: str = "episode",
         keep_steps: int = 30,
         budget_steps: int | None = None,
+        task_budget_steps: int | None = None,
         action_noise: float = 0.0,
         seed: int = 0,
     ) -> None:
         if mode not in MODES or keep not in KEEPS:
             raise RobotError(f"operator has mode {mode!r}, keep {keep!r}", rule=f"mode in {MODES}, keep in {KEEPS}")
-        if window < 1 or keep_steps < 1 or (budget_steps is not None and budget_steps < 0):
+        budgets = [budget for budget in (budget_steps, task_budget_steps) if budget is not None]
+        if window < 1 or keep_steps < 1 or any(budget < 0 for budget in budgets):
             raise RobotError(
-                f"operator has window {window}, keep_steps {keep_steps}, budget_steps {budget_steps}",
-                rule="window and keep_steps at least 1, budget_steps at least 0 or none",
+                f"operator has window {window}, keep_steps {keep_steps}, budgets {budgets}",
+                rule="window and keep_steps at least 1, budgets at least 0 or none",
             )
         if not (control_hz > 0 and gate_distance >= 0 and reaction_s >= 0 and action_noise >= 0):
             raise RobotError(
@@ -72,20 +75,23 @@ class ScriptedOperator:
         self._gate_distance = gate_distance
         self._reaction_ticks = round(reaction_s * control_hz)
         self._keep_ticks = keep_steps if keep == "steps" else None
-        self._budget_steps, self._action_noise = budget_steps, action_noise
+        self._budget_steps, self._task_budget_steps, self._action_noise = budget_steps, task_budget_steps, action_noise
         self._rng = np.random.default_rng(seed)
         self._distances: deque[float] = deque(maxlen=window)
         self._wait_ticks: int | None = None  # ticks until it acts, None while it only watches
         self._held_ticks: int | None = None  # ticks that it has been in control, None while it is not
+        self._task = ""
+        self._task_steps: Counter[str] = Counter()
         self.num_steps = 0  # acted in all
         self.num_takeovers = 0
 
     def reset(self, task: str, seed: int | None) -> None:
         self._expert.reset(task)
+        self._task = task
         self._watch()
 
     def poll(self, obs: Observation, proposed: np.ndarray | None) -> Takeover | None:
-        if self._mode == "off" or (self._budget_steps is not None and self.num_steps >= self._budget_steps):
+        if self._mode == "off" or self._spent:
             return None
         action = self._expert.action(obs)
         if self._held_ticks is not None and self._held_ticks == self._keep_ticks:
@@ -97,9 +103,16 @@ class ScriptedOperator:
             self.num_takeovers += 1
         self._held_ticks += 1
         self.num_steps += 1
+        self._task_steps[self._task] += 1
         if self._action_noise:
             action = action + self._rng.normal(0.0, self._action_noise, action.shape).astype(np.float32)
         return Takeover(action, self._operator_id)
+
+    @property
+    def _spent(self) -> bool:
+        """Whether its time is up, in all or for this task."""
+        in_all = self._budget_steps is not None and self.num_steps >= self._budget_steps
+        return in_all or (self._task_budget_steps is not None and self._task_steps[self._task] >= self._task_budget_steps)
 
     def _watch(self) -> None:
         self._distances.clear()

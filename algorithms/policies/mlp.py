@@ -40,6 +40,8 @@ class MlpConfig:
     """F, units of each hidden layer."""
     num_layers: int = 3
     """Hidden layers."""
+    obs_gain: float = 2.0
+    """Normalised observations are multiplied by this: with more weight on them the first layer tells near states apart."""
     log_std: float = -2.0
     """Initial log standard deviation of an action, in the action's units; the imitation loss leaves it alone."""
 
@@ -60,7 +62,7 @@ class MlpPolicy(nn.Module):
             raise PolicyError(
                 f"mlp policy of {config}", rule="reads is not empty; sizes are at least 1, instruction_dim at least 0"
             )
-        self._instruction_dim = config.instruction_dim
+        self._instruction_dim, self._obs_gain = config.instruction_dim, config.obs_gain
         conditions = {INSTRUCTION: (config.instruction_dim,)} if config.instruction_dim else {}
         self.spec = PolicySpec(reads, conditions, config.action_dim, config.horizon)
         num_obs = sum(math.prod(shape) for shape in reads.values())
@@ -117,7 +119,8 @@ class MlpPolicy(nn.Module):
         """(B, F): the last hidden layer."""
         parts = [obs[name].flatten(1) for name in self.spec.reads]
         joined_BS = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-        joined_BS = ((joined_BS - self.obs_mean_S) / self.obs_std_S).clamp(-MAX_NORMALISED, MAX_NORMALISED)
+        normalised_BS = ((joined_BS - self.obs_mean_S) / self.obs_std_S).clamp(-MAX_NORMALISED, MAX_NORMALISED)
+        joined_BS = self._obs_gain * normalised_BS
         if self.spec.conditions:
             # A unit vector of E elements would be drowned by the features, which have about unit variance each.
             joined_BS = torch.cat([joined_BS, obs[INSTRUCTION] * math.sqrt(self._instruction_dim)], 1)

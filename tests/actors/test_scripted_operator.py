@@ -113,3 +113,13 @@ def test_rescues_a_policy_that_stands_still():
 def test_refusals(settings):
     with pytest.raises(RobotError, match=str(next(iter(settings.values())))):
         _operator(**settings)
+
+
+def test_a_tasks_budget_leaves_time_for_the_others():
+    operator = make_operator("scripted", expert="toy", gate_distance=0.1, window=1, task_budget_steps=5)
+    obs, far = make_robot("toy").reset("reach", 1), np.array([5.0, 5.0], np.float32)
+    acted = {}
+    for task in ("reach", "mirror", "reach"):
+        operator.reset(task, 1)
+        acted[task] = acted.get(task, 0) + sum(operator.poll(obs, far) is not None for _ in range(10))
+    assert acted == {"reach": 5, "mirror": 5}

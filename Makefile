@@ -28,9 +28,9 @@ test-full: lint  ## the same at the counts that the claims state
 	FLEET_TEST_SCALE=10 $(PY) -m pytest -q --durations=30 --timeout=1200 $(TESTS)
 
 bench: $(VENV)/.ready-dev  ## every benchmark, and benchmarks/RESULTS.md from their results
-	@for script in benchmarks/[a-z]*.py; do
-		echo "bench  $$script"
-		$(PY) "$$script" --json
+	@for name in attribution; do
+		echo "bench  $$name"
+		$(PY) -m benchmarks.$$name --json
 	done
 
 lint: $(VENV)/.ready-dev  ## ruff and mypy

@@ -8,7 +8,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 SETUP := pyproject.toml constraints/main.txt tools/setup.sh
-RUN ?= runs/demo
+RUN ?=
 TESTS ?= tests
 
 .PHONY: help demo test test-full bench lint clean

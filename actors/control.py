@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import sys
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
 from typing import TYPE_CHECKING, Any
@@ -106,10 +107,6 @@ class ControlProcess:
     def alive(self) -> bool:
         return self._process.is_alive()
 
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid
-
     def _receive(self, what: str) -> Any:
         try:
             if not self._pipe.poll(START_TIMEOUT_S):
@@ -128,6 +125,10 @@ class ControlProcess:
 
 def _main(args: ControlArgs, pipe: Connection, steps_pipe: PipeEnds, chunks_pipe: PipeEnds, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the courier decides when to stop
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(
+            number, lambda signum, frame: sys.exit(128 + signum)
+        )  # whoever ends all processes at once: the robot is closed
     try:
         _drive(args, pipe, steps_pipe, chunks_pipe, stop)
         pipe.send(("done", None))

@@ -28,7 +28,7 @@ from fleet.spec import RobotSpec
 from fleet.spool import Spool
 
 log = logging.getLogger("fleet.actor")
-MAX_QUEUED_CUTS = 256
+MAX_QUEUED_CUTS = 256  # two minutes of fragments of half a second
 WIRE_POLL_S = 0.005
 
 
@@ -67,6 +67,7 @@ class Courier:
         self.spec, self.steps, self.chunks = spec, steps, chunks
         self.runner, self.builder, self.cuts = runner, builder, cuts
         self.counters, self.fragment_s = counters, fragment_s
+        self._lost_episode = -1
 
     def serve_once(self, timeout_s: float) -> None:
         """Handles one record, if one comes in time.
@@ -92,8 +93,11 @@ class Courier:
         if rows is None:
             return
         try:
+            if episode_of(rows) == self._lost_episode:
+                raise queue.Full  # an episode has no gaps: what follows the lost part is lost too
             self.cuts.put_nowait(rows)
         except queue.Full:
+            self._lost_episode = episode_of(rows)
             self.counters.lost_rows += sum(len(table) for table in rows.values())
 
     def _handle(self, record: np.void) -> None:
@@ -180,7 +184,7 @@ class Uplinker:
         wrote = False
         while not self.cuts.empty():
             rows = self.cuts.get_nowait()
-            episode = _episode_of(rows)
+            episode = episode_of(rows)
             try:
                 if episode == self._lost_episode:
                     raise FragmentRefused(f"a part of episode {episode} was refused", rule="an episode has no gaps")
@@ -218,6 +222,6 @@ class Uplinker:
             log.warning("%s", text)
 
 
-def _episode_of(rows: Rows) -> int:
+def episode_of(rows: Rows) -> int:
     table: list[dict[str, Any]] = rows.get("steps") or rows.get("episodes") or rows["chunks"]
     return int(table[0]["episode_id"])

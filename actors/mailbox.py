@@ -37,11 +37,6 @@ class Mailbox:
         self._refused: set[int] = set()
         self._load_kept()
 
-    @property
-    def newest(self) -> int:
-        """The newest version heard of, 0 for none."""
-        return self._announced
-
     def announce(self, version: int) -> None:
         """The gateway has this release."""
         if version > self._announced and version not in self._refused:
@@ -73,8 +68,9 @@ class Mailbox:
         Raises:
             ReleaseError: The bytes are not what their id says, or the signature does not fit.
         """
-        if self._in_flight.pop((what, id), None) is None:
+        if (what, id) not in self._in_flight:
             return  # nobody asked, or it came twice
+        # What is refused below stays in flight, so that it is asked for again after a pause and not at once.
         if what == "manifest":
             self._begin(parse_manifest(payload, self._key))
         elif chunk_id(payload) != id:
@@ -82,6 +78,7 @@ class Mailbox:
         elif id in self._missing:
             _write(self._chunks / id, payload)
             self._missing.remove(id)
+        del self._in_flight[what, id]
 
     def take(self) -> tuple[Manifest, bytes] | None:
         """The newest whole release as (manifest, safetensors bytes), once; None while there is no new one."""

@@ -6,6 +6,7 @@ gateway answered and a policy is there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import multiprocessing
@@ -18,7 +19,7 @@ from typing import Any
 
 from actors.config import TABLES, ActorConfig
 from actors.control import ControlArgs, ControlProcess
-from actors.courier import Counters, Courier, Uplinker
+from actors.courier import MAX_QUEUED_CUTS, Counters, Courier, Uplinker
 from actors.fragments import FragmentBuilder
 from actors.mailbox import Mailbox
 from actors.policy_runner import PolicyRunner
@@ -32,6 +33,10 @@ from fleet.transport_zmq import ZmqRobotLink
 
 log = logging.getLogger("fleet.actor")
 SAY_EVERY_S = 5.0
+FIRST_RELEASE = (
+    "waiting for the first release: the learner publishes it when it has demonstrations; give some with "
+    "`fleet join FILE --demonstrate 10`"
+)
 
 
 class Actor:
@@ -53,15 +58,16 @@ class Actor:
         self.counters = Counters()
         self._tasks: dict[str, Any] = {}
         self._folder = folder = path.parent / f"{self.credential.robot_id}.state"
+        # The spool's lock first: a second actor for the same robot must not get as far as opening the hardware.
+        self.spool = Spool(folder / "spool", max_bytes=self.config.spool_mb * 1_000_000)
         args = ControlArgs(tables["robot"], tables["operator"], self.config)
         self.control = ControlProcess(multiprocessing.get_context("spawn"), args)
         self.spec = self.control.spec
-        self.spool = Spool(folder / "spool", max_bytes=self.config.spool_mb * 1_000_000)
         self.mailbox = Mailbox(folder / "release", self.credential.release_public)
         self.link = ZmqRobotLink(self.credential)
         self.runner = PolicyRunner(self.spec, {})
         self.uplink = Uplink(self.link, self.spool, self.spec, self.mailbox, self._welcome, self._metrics)
-        self.cuts: queue.Queue[Any] = queue.Queue(256)
+        self.cuts: queue.Queue[Any] = queue.Queue(MAX_QUEUED_CUTS)
         self.uplinker = Uplinker(self.credential.robot_id, self.spec, self.spool, self.uplink, self.runner, self.cuts)
 
     def run(self) -> None:
@@ -87,6 +93,8 @@ class Actor:
         started, said = time.monotonic(), 0.0
         while not self.stop.is_set():
             self._raise_failure()
+            if not self.control.alive:
+                raise RobotError("the control process died while it waited", rule="it runs until it is stopped")
             if self._tasks and (self.runner.ready or self.config.demonstrate):
                 return True
             waited = time.monotonic() - started
@@ -94,7 +102,7 @@ class Actor:
                 raise self._unreachable()
             if waited - said >= SAY_EVERY_S:
                 said = waited
-                log.warning("%s", "waiting for the first release" if self.uplink.connected else str(self._unreachable()))
+                log.warning("%s", FIRST_RELEASE if self.uplink.connected else str(self._unreachable()))
             time.sleep(0.01)
         return False
 
@@ -126,9 +134,12 @@ class Actor:
     def _count_start(self) -> int:
         """Which start of this robot this is: each draws episode starts of its own, the same ones in a repeated run."""
         path = self._folder / "starts"
-        number = int(path.read_text()) + 1 if path.exists() else 1
-        path.write_text(str(number))
-        return number
+        with contextlib.suppress(OSError, ValueError):  # missing, or damaged by a power loss: count anew
+            number = int(path.read_text()) + 1
+            path.write_text(str(number))
+            return number
+        path.write_text("1")
+        return 1
 
     def _welcome(self, tasks: dict[str, Any], settings: dict[str, Any]) -> None:
         self.runner.set_embeddings({task: entry["embedding"] for task, entry in tasks.items()})
@@ -160,8 +171,8 @@ def join(path: Path, overrides: list[str] | None = None) -> None:
     def ask_to_stop(number: int, frame: object) -> None:
         actor.stop.set()
 
-    signal.signal(signal.SIGINT, ask_to_stop)
-    signal.signal(signal.SIGTERM, ask_to_stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, ask_to_stop)
     try:
         actor.run()
     finally:

@@ -148,6 +148,8 @@ class Uplink:
 
     def _chunk(self, message: Message) -> None:
         fields = message.fields
+        if "error" in fields:
+            return  # it cannot be served now; the mailbox asks again after a pause
         try:
             self.mailbox.deliver(fields["what"], fields["id"], message.payload)
         except ReleaseError as error:

@@ -79,17 +79,16 @@ class Ingest:
         self._log, self._journal = log, journal
         self._pending: list[_Pending] = []
         self._again: set[BootKey] = set()
+        self._admitted: dict[str, RobotSpec] = {}  # by robot: the spec of its last HELLO
 
     def admit(self, robot_id: str, boot_id: str, spec: RobotSpec) -> int:
-        """Stores the spec of a robot that said HELLO.
+        """Remembers the spec of a robot that said HELLO; it is stored with its first fragment, so that a robot which
+        never sends one leaves no trace.
 
         Returns:
             The highest durable seq of this boot, 0 for none.
-
-        Raises:
-            DiskFull, StorageError: The spec could not be stored.
         """
-        self._log.add_spec(spec)
+        self._admitted[robot_id] = spec
         return self._log.high_water(robot_id, boot_id)
 
     def offer(self, robot_id: str, fields: Mapping[str, Any], payload: bytes | memoryview) -> None:
@@ -122,6 +121,9 @@ class Ingest:
 
     def _decode(self, robot_id: str, fields: Mapping[str, Any], payload: bytes | memoryview) -> Fragment:
         spec = self._log.spec(fields["spec_hash"])
+        admitted = self._admitted.get(robot_id)
+        if spec is None and admitted is not None and admitted.hash == fields["spec_hash"]:
+            spec = admitted
         if spec is None:
             raise FragmentRefused(
                 f"spec {fields['spec_hash']!r} of {robot_id} is not known",
@@ -129,6 +131,7 @@ class Ingest:
             )
         fragment = decode_fragment(fields["tables"], payload)
         check_fragment(fragment, spec, robot_id, fields["boot_id"])
+        self._log.add_spec(spec)
         return fragment
 
     def commit(self) -> list[tuple[str, str, int]]:

@@ -108,6 +108,11 @@ class Log:
                 self._files.write_atomic(path, json.dumps(spec.to_dict()).encode())
         self._specs[spec.hash] = spec
 
+    def specs(self) -> list[RobotSpec]:
+        """All specs that data was stored under."""
+        names = sorted(path.stem for path in (self._folder / "specs").glob("*.json"))
+        return [spec for name in names if (spec := self.spec(name)) is not None]
+
     def spec(self, spec_hash: str) -> RobotSpec | None:
         """A spec that was added, also by an earlier process; None if it never was."""
         if spec_hash not in self._specs:

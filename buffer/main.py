@@ -60,14 +60,12 @@ def advertised(bound: str, config: GatewayConfig) -> str:
     return bound.replace("0.0.0.0", socket.gethostname())
 
 
-def accepts_policy(newest_policy: dict[str, Any] | None, spec: RobotSpec) -> None:
+def accepts_policy(newest_policy: dict[str, Any], spec: RobotSpec) -> None:
     """Refuses a robot that the newest release's policy cannot drive.
 
     Raises:
         PolicyError: Names both sides.
     """
-    if newest_policy is None:
-        return
     reads, action_dim = newest_policy["reads"], newest_policy["action_dim"]
     for name, shape in reads.items():
         feature = spec.features.get(name)
@@ -83,6 +81,21 @@ def accepts_policy(newest_policy: dict[str, Any] | None, spec: RobotSpec) -> Non
             rule=f"the run's policy writes actions of shape ({action_dim},)",
             remedy="join a run for this robot type",
         )
+
+
+def accepts_beside(stored: list[RobotSpec], spec: RobotSpec) -> None:
+    """Before there is a policy: refuses a robot whose actions are not those of the data that is there already.
+
+    Raises:
+        PolicyError: Names both sides.
+    """
+    for other in stored:
+        if other.action.shape != spec.action.shape:
+            raise PolicyError(
+                f"robot type {spec.robot_type!r} takes actions of shape {spec.action.shape}",
+                rule=f"the run has data of {other.robot_type!r}, whose actions have shape {other.action.shape}",
+                remedy="start a run of its own for this robot type",
+            )
 
 
 class Catalogue(Mapping[str, Any]):
@@ -137,7 +150,10 @@ def serve(run: RunFolder, config: GatewayConfig, registry_address: str, prefix: 
 
     def accepts(spec: RobotSpec) -> None:
         newest = releases.newest()
-        accepts_policy(None if newest is None else dict(releases.manifest(newest).policy["spec"]), spec)
+        if newest is None:
+            accepts_beside(shard.specs(), spec)
+        else:
+            accepts_policy(dict(releases.manifest(newest).policy["spec"]), spec)
 
     gateway = Gateway(
         link,

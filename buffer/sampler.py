@@ -84,6 +84,11 @@ class Sampler:
         return self._reader.num_records
 
     @property
+    def specs(self) -> list[RobotSpec]:
+        """Specs of the robots whose steps were read."""
+        return list(self._specs.values())
+
+    @property
     def damaged(self) -> int:
         """Places in the log that could not be read."""
         return len(self._reader.damaged)

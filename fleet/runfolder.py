@@ -19,7 +19,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        path = self.path = path.resolve()  # child processes and Ray's workers have other working folders
         self.mark = path / "run.json"
         self.config = path / "run.yaml"
         self.keys = path / "keys"

@@ -71,6 +71,10 @@ def enroll(
         from infra.enroll import enroll as register
 
         path = register(run, robot_id, out or Path(f"{robot_id}.yaml"), endpoint)
+        if "tcp://127." in path.read_text():
+            typer.echo(
+                "note: the gateway listens on this machine only; for robots elsewhere set gateway.bind, or give --endpoint"
+            )
         typer.echo(
             f"{robot_id} is enrolled. Copy {path} to the robot (it holds its secret key), then there: fleet join {path.name}"
         )
@@ -94,13 +98,15 @@ def revoke(
 def join(
     file: Annotated[Path, typer.Argument(help="The file that `fleet enroll` wrote.")],
     overrides: Overrides = None,
+    demonstrate: Annotated[int, typer.Option(help="Let the operator show this many episodes, then end; needs no policy.")] = 0,
 ) -> None:
     """Drive a robot: stream what it does, act by the newest policy, obey the operator. Ctrl-C takes leave."""
     _log_to_stderr()
     with _clear_errors():
         from actors.main import join as drive
 
-        drive(file, overrides)
+        shown = ["actor.demonstrate=true", f"actor.num_episodes={demonstrate}", "operator.settings.mode=demonstrate"]
+        drive(file, [*(overrides or []), *(shown if demonstrate > 0 else [])])
 
 
 @app.command()
@@ -145,7 +151,9 @@ def evaluate(
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Run folder to make.")] = Path("runs/demo"),
+    folder: Annotated[
+        Path | None, typer.Argument(help="Run folder to make; default: runs/demo, or the next free name.")
+    ] = None,
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option(help="A run file in place of the built-in one.")] = None,
 ) -> None:
@@ -153,7 +161,10 @@ def demo(
     with _clear_errors():
         from infra.demo import run_demo
 
-        run_demo(folder, config, overrides or [])
+        settings = list(overrides or [])
+        if folder is not None and "=" in folder.name:  # `fleet demo learner.steps=5000`: no folder was named
+            folder, settings = None, [str(folder), *settings]
+        run_demo(folder, config, settings)
 
 
 @app.command()

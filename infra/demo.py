@@ -6,6 +6,8 @@ demonstrations -> start policy -> robots work, operators correct, the learner tr
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import signal
 import threading
 import time
@@ -21,9 +23,9 @@ from infra.evaluation import evaluate_release
 from infra.follow import RunFacts
 from infra.report import write_report
 from infra.run_config import load_tables
-from infra.sim import fleet_children, sim_child
+from infra.sim import fleet_children, lock_fleet, sim_child
 from infra.snapshot import make_snapshot
-from infra.up import LocalRun, write_run_file
+from infra.up import LocalRun
 from infra.view import FleetState, LiveView
 
 BUILT_IN = Path(__file__).with_name("demo.yaml")
@@ -71,22 +73,22 @@ class Demo:
         self.phase, self.started = "starting", time.monotonic()
         self.stop_asked = threading.Event()
 
-    def wait_until(self, done: Callable[[], bool], show: Callable[[], None]) -> None:
+    def wait_until(self, done: Callable[[], bool], show: Callable[[], None], timeout_s: float = PHASE_TIMEOUT_S) -> None:
         """Keeps the run alive until ``done``.
 
         Raises:
             Stopped: Ctrl-C.
             FleetError: Something cannot be kept running, or the phase takes far too long.
         """
-        deadline = time.monotonic() + PHASE_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while not done():
             if self.stop_asked.is_set():
                 raise Stopped
             if time.monotonic() > deadline:
-                raise FleetError(
-                    f"phase {self.phase!r} took over {PHASE_TIMEOUT_S:.0f} s", remedy=f"see the logs in {self.run.logs}"
-                )
+                raise FleetError(f"phase {self.phase!r} took over {timeout_s:.0f} s", remedy=f"see the logs in {self.run.logs}")
             self.status = self.local.poll()
+            if self.local.failure is not None:
+                raise self.local.failure
             self.facts.update()
             show()
             time.sleep(0.2)
@@ -127,11 +129,13 @@ class Demo:
     def work(self, show: Callable[[], None]) -> None:
         """The robots work until the learner has done its steps."""
         self.phase = "the fleet works"
+        lock = lock_fleet(self.run)
         children = fleet_children(self.run, self.config.num_robots, [])
         for child in children:
             self.local.supervisor.add(child)
-        self.wait_until(lambda: self.status.get("state") == "finished", show)
+        self.wait_until(lambda: self.status.get("state") == "finished", show, math.inf)
         self.local.supervisor.stop([child.name for child in children])
+        lock.release()
 
     def test(self, say: Callable[[str], None]) -> None:
         """Held-out tests of the start policy, of the newest release, and of some in between."""
@@ -165,16 +169,21 @@ def prepare_demo(folder: Path, config_file: Path | None, overrides: list[str]) -
     rest = [o for o in overrides if not o.startswith("demo.")]
     config: DemoConfig = load_run(source, {"demo": DemoConfig}, own)["demo"]
     tables = load_tables(source, rest)
-    run = RunFolder.create(folder)
-    write_run_file(run, tables)
-    return Demo(run, tables, config)
+    return Demo(RunFolder.create(folder), tables, config)
 
 
-def run_demo(folder: Path, config_file: Path | None, overrides: list[str]) -> None:
+def free_folder(runs: Path = Path("runs")) -> Path:
+    """runs/demo, or the first of runs/demo-2, runs/demo-3, ... that is not there."""
+    names = itertools.chain(["demo"], (f"demo-{number}" for number in itertools.count(2)))
+    return next(runs / name for name in names if not (runs / name).exists())
+
+
+def run_demo(folder: Path | None, config_file: Path | None, overrides: list[str]) -> None:
     """The whole demo with its live view; ends with the report's path."""
-    demo = prepare_demo(folder, config_file, overrides)
+    demo = prepare_demo(folder or free_folder(), config_file, overrides)
     signal.signal(signal.SIGINT, lambda number, frame: demo.stop_asked.set())
     signal.signal(signal.SIGTERM, lambda number, frame: demo.stop_asked.set())
+    signal.signal(signal.SIGHUP, lambda number, frame: demo.stop_asked.set())
     try:
         with LiveView(demo.snapshot) as view:
             demo.local.start()

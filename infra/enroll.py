@@ -10,7 +10,7 @@ from typing import Any
 from actors.config import TABLES
 from fleet.config import load_run
 from fleet.errors import IdentityError, RunFolderError
-from fleet.identity import Credential
+from fleet.identity import Credential, revoke
 from fleet.identity import enroll as make_credential
 from fleet.runfolder import RunFolder
 
@@ -34,15 +34,24 @@ def enroll(
     for name, changes in (overrides or {}).items():
         tables[name] |= changes
     credential = make_credential(run.keys, robot_id, endpoint or gateway_endpoint(run), run.run_id)
-    credential.save(out, tables)
+    try:
+        credential.save(out, tables)
+    except OSError as error:
+        revoke(run.keys, robot_id)  # the secret was only in the file: without it the robot is not enrolled
+        raise IdentityError(
+            f"{out} cannot be written: {error}", rule="the folder exists and has room", remedy="name another with --out"
+        ) from None
     return out
 
 
 def enroll_here(run: RunFolder, robot_id: str, overrides: dict[str, dict[str, Any]]) -> Path:
-    """The file of a robot that is simulated on this machine; one that exists is used again."""
+    """The file of a robot that is simulated on this machine; keys that exist are used again, the tables are those of now."""
     path = run.robots / f"{robot_id}.yaml"
     if path.exists():
-        Credential.load(path)
+        tables = {name: dataclasses.asdict(table) for name, table in load_run(run.config, TABLES).items()}
+        for name, changes in overrides.items():
+            tables[name] |= changes
+        Credential.load(path).save(path, tables)
         return path
     return enroll(run.path, robot_id, path, "", overrides)
 

@@ -70,6 +70,9 @@ def _keep(run: RunFolder, table: Table, version: int, created_ns: int, label: st
     path = results_file(run)
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     rows = [row for row in rows if (row["version"], row["label"]) != (version, label)]
+    if label == "final":
+        for kept in rows:
+            kept["label"] = "release" if kept["label"] == "final" else kept["label"]
     for row in table.rows:
         rows.append(
             {

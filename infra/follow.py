@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -29,7 +30,11 @@ class JournalTail:
             return []
         whole, newline, _ = data.rpartition(b"\n")
         self._offset += len(whole) + len(newline)
-        return [json.loads(line) for line in whole.splitlines()]
+        lines = []
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError):  # torn by a kill in the middle of a line
+                lines.append(json.loads(line))
+        return lines
 
 
 @dataclasses.dataclass

@@ -51,9 +51,13 @@ def check_run_file(path: Path, overrides: list[str]) -> list[str]:
 
 
 def write_catalogue(run: RunFolder, config: RunConfig) -> dict[str, Any]:
-    """Computes each task's instruction embedding once and writes tasks.json, which the gateway sends to robots."""
+    """Computes each task's instruction embedding once and writes tasks.json, which the gateway sends to robots. What
+    was added to tasks.json while the run lived stays."""
     from algorithms.instruction import encode
 
-    tasks = {t: {"instruction": text, "embedding": [float(x) for x in encode(text)]} for t, text in config.tasks.items()}
-    (run.path / "tasks.json").write_text(json.dumps(tasks, indent=1))
+    path = run.path / "tasks.json"
+    tasks: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for task, text in config.tasks.items():
+        tasks.setdefault(task, {"instruction": text, "embedding": [float(x) for x in encode(text)]})
+    path.write_text(json.dumps(tasks, indent=1))
     return tasks

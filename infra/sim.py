@@ -11,6 +11,7 @@ from typing import Any
 from actors.config import TABLES
 from fleet.config import load_run
 from fleet.errors import FleetError
+from fleet.files import FolderLock
 from fleet.runfolder import RunFolder
 from infra.enroll import enroll_here
 from infra.supervisor import Child, Supervisor
@@ -22,7 +23,7 @@ def sim_child(
     """The supervised process of one simulated robot; ``changes`` are its differences from the run's tables."""
     path = enroll_here(run, robot_id, changes)
     command = [sys.executable, "-m", "infra.cli", "join", str(path), *overrides]
-    return Child(robot_id, command, run.logs / f"{robot_id}.log", once=once)
+    return Child(robot_id, command, run.logs / f"{robot_id}.log", once=once, optional=not once)
 
 
 def fleet_children(run: RunFolder, num: int, overrides: list[str]) -> list[Child]:
@@ -39,6 +40,15 @@ def fleet_children(run: RunFolder, num: int, overrides: list[str]) -> list[Child
     return children
 
 
+def lock_fleet(run: RunFolder) -> FolderLock:
+    """One simulated fleet a run: a second one would start the same robots again.
+
+    Raises:
+        RunFolderError: There is one.
+    """
+    return FolderLock(run.robots, "run's simulated robots: end the other `fleet sim` or demo first")
+
+
 def run_sims(run_path: Path, num: int, overrides: list[str]) -> None:
     """Runs ``num`` simulated robots until SIGINT or SIGTERM.
 
@@ -48,14 +58,15 @@ def run_sims(run_path: Path, num: int, overrides: list[str]) -> None:
     if num < 1:
         raise FleetError(f"--num {num}", rule="at least one robot")
     run = RunFolder.open(run_path)
+    lock = lock_fleet(run)
     supervisor, stopping = Supervisor(), False
 
     def ask_to_stop(number: int, frame: object) -> None:
         nonlocal stopping
         stopping = True
 
-    signal.signal(signal.SIGINT, ask_to_stop)
-    signal.signal(signal.SIGTERM, ask_to_stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, ask_to_stop)
     try:
         for child in fleet_children(run, num, overrides):
             supervisor.add(child)
@@ -64,3 +75,4 @@ def run_sims(run_path: Path, num: int, overrides: list[str]) -> None:
             time.sleep(0.2)
     finally:
         supervisor.stop()
+        lock.release()

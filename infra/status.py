@@ -15,12 +15,14 @@ from fleet.runfolder import RunFolder
 
 def read_status(run: RunFolder) -> dict[str, Any]:
     """Robots, learner and newest release of a run as plain data. What is not reachable is said, not guessed."""
-    from fleet.server.registry import Registry, registry_url
+    from fleet.config import load_run
+    from fleet.server.registry import Registry, RegistryConfig, registry_url
     from fleet.server.releases import ReleaseStore
 
     status: dict[str, Any] = {"run": run.run_id, "folder": str(run.path), "release": ReleaseStore(run.releases).newest()}
     try:
-        registry = Registry(registry_url(run.registry, run.config))
+        prefix = load_run(run.config, {"registry": RegistryConfig})["registry"].prefix
+        registry = Registry(registry_url(run.registry, run.config), prefix)
         status["robots"], status["learner"] = registry.robots(), registry.learner()
         registry.close()
     except Exception as error:  # the registry is only a view: whatever it says, the rest is shown

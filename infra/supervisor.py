@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import logging
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from fleet.errors import FleetError
 from fleet.journal import Journal
 
+log = logging.getLogger("fleet.supervisor")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
 CRASH_LOOP = (5, 60.0)  # this many ends within this many seconds
 
@@ -30,12 +32,14 @@ class Child:
 
     Args:
         once: True for work that ends by itself: exit code 0 is its end, not a failure.
+        optional: True where the rest can do without it: in a crash loop it is tried again now and then, and said so.
     """
 
     name: str
     command: list[str]
     log: Path
     once: bool = False
+    optional: bool = False
     process: subprocess.Popen[bytes] | None = None
     ends: collections.deque[float] = dataclasses.field(default_factory=collections.deque)
     start_at: float = 0.0
@@ -104,11 +108,11 @@ class Supervisor:
 
     def _start(self, child: Child) -> None:
         child.log.parent.mkdir(parents=True, exist_ok=True)
-        with child.log.open("ab") as log:
+        with child.log.open("ab") as output:
             child.process = subprocess.Popen(
-                child.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                child.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
-        child.pid_file.write_text(str(child.process.pid))
+        child.pid_file.write_text(f"{child.process.pid} {_start_of(child.process.pid)}")
         if self._journal is not None:
             self._journal.write("process", name=child.name, pid=child.process.pid, restarts=child.num_restarts)
 
@@ -121,36 +125,42 @@ class Supervisor:
         child.ends.append(now)
         while child.ends and child.ends[0] < now - CRASH_LOOP[1]:
             child.ends.popleft()
+        pause_s = min(FIRST_PAUSE_S * 2 ** (len(child.ends) - 1), LONGEST_PAUSE_S)
         if len(child.ends) >= CRASH_LOOP[0]:
-            raise CrashLoop(
+            error = CrashLoop(
                 f"{child.name} ended {len(child.ends)} times within {CRASH_LOOP[1]:.0f} s, last with exit code {code}",
                 rule="a process that cannot run is not started for ever",
                 remedy=f"its last words, from {child.log}:\n{last_lines(child.log)}",
             )
-        child.start_at = now + min(FIRST_PAUSE_S * 2 ** (len(child.ends) - 1), LONGEST_PAUSE_S)
+            if not child.optional:
+                raise error
+            log.error("%s", error)
+            child.ends.clear()
+            pause_s = CRASH_LOOP[1]
+        child.start_at = now + pause_s
 
 
 def end_earlier(child: Child, timeout_s: float = 10.0) -> None:
     """Ends the process that an earlier supervisor started for this child, if it still runs."""
     try:
-        pid = int(child.pid_file.read_text())
+        number, _, started = child.pid_file.read_text().partition(" ")
+        pid = int(number)
     except (OSError, ValueError):
         return
-    deadline = time.monotonic() + timeout_s
-    number = signal.SIGTERM
-    while _command_of(pid) == " ".join(child.command):  # a number can be given anew to somebody else's process
+    deadline, request = time.monotonic() + timeout_s, signal.SIGTERM
+    while started and _start_of(pid) == started:  # a number can be given anew to somebody else's process
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+            os.kill(pid, request)
         if time.monotonic() > deadline:
-            number = signal.SIGKILL
+            request = signal.SIGKILL
         time.sleep(0.05)
 
 
-def _command_of(pid: int) -> str:
-    """Command line of a live process, "" if there is none."""
-    shown = subprocess.run(["ps", "-ww", "-o", "stat=,args=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    stat, _, command = shown.stdout.strip().partition(" ")
-    return "" if stat.startswith("Z") else command.strip()
+def _start_of(pid: int) -> str:
+    """When a live process began, as the system writes it; "" if there is none."""
+    shown = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    state, _, started = shown.stdout.strip().partition(" ")
+    return "" if state.startswith("Z") else started.strip()
 
 
 def last_lines(path: Path, num: int = 12) -> str:

@@ -5,8 +5,10 @@ The only truth is on disk: each of these may be killed at any time, is started a
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
+import logging
 import signal
 import sys
 import threading
@@ -16,7 +18,7 @@ from typing import IO, Any
 
 from buffer.main import endpoint_file
 from fleet.config import dump
-from fleet.errors import GatewayUnreachable, RunFolderError
+from fleet.errors import FleetError, GatewayUnreachable, RunFolderError
 from fleet.identity import create_run_keys
 from fleet.journal import Journal
 from fleet.runfolder import RunFolder
@@ -24,6 +26,7 @@ from fleet.server.registry import Registry, registry_url, server_command
 from infra.run_config import load_tables, write_catalogue
 from infra.supervisor import Child, Supervisor, last_lines
 
+log = logging.getLogger("fleet.up")
 START_TIMEOUT_S = 30.0
 
 
@@ -41,17 +44,11 @@ def open_run(source: Path, overrides: list[str], *, resume: bool, runs: Path) ->
         return run, load_tables(run.config, overrides)
     tables = load_tables(source, overrides)
     path = runs / source.stem
-    if resume:
-        return RunFolder.open(path), tables
-    run = RunFolder.create(path)
-    write_run_file(run, tables)
-    return run, tables
+    return (RunFolder.open(path) if resume else RunFolder.create(path)), tables
 
 
 def write_run_file(run: RunFolder, tables: dict[str, Any]) -> None:
     """The run's configuration with all overrides and defaults, as it was started."""
-    import dataclasses
-
     dump(run.config, {name: dataclasses.asdict(table) for name, table in tables.items()})
 
 
@@ -65,12 +62,14 @@ class LocalRun:
     def __init__(self, run: RunFolder, tables: dict[str, Any]) -> None:
         self.run, self.tables = run, tables
         self._lock = _lock(run)
+        write_run_file(run, tables)  # all processes read it, so what was overridden or edited counts for each of them
         create_run_keys(run.keys)
         write_catalogue(run, tables["run"])
         self.journal = Journal(run.logs / "supervisor.jsonl")
         self.supervisor = Supervisor(self.journal)
         self.registry: Registry | None = None
         self.learner: Any = None
+        self.failure: FleetError | None = None
 
     def start(self) -> None:
         """Starts registry and gateway and waits until robots can connect.
@@ -80,18 +79,19 @@ class LocalRun:
         """
         config = self.tables["registry"]
         if not config.url:
-            self.supervisor.add(Child("registry", server_command(self.run.registry), self.run.logs / "registry.log"))
+            command = server_command(self.run.registry)
+            self.supervisor.add(Child("registry", command, self.run.logs / "registry.log", optional=True))
         self.registry = Registry(registry_url(self.run.registry, self.run.config), config.prefix)
         old = endpoint_file(self.run).stat().st_mtime_ns if endpoint_file(self.run).exists() else 0
-        log = self.run.logs / "gateway.log"
-        self.supervisor.add(Child("gateway", [sys.executable, "-m", "buffer.main", str(self.run.path)], log))
+        output = self.run.logs / "gateway.log"
+        self.supervisor.add(Child("gateway", [sys.executable, "-m", "buffer.main", str(self.run.path)], output))
         deadline = time.monotonic() + START_TIMEOUT_S
         while not endpoint_file(self.run).exists() or endpoint_file(self.run).stat().st_mtime_ns == old:
             gateway = self.supervisor.children["gateway"]
             if not gateway.running or time.monotonic() > deadline:
                 self.supervisor.stop()
                 raise GatewayUnreachable(
-                    f"the gateway did not start:\n{last_lines(log)}", rule="it writes gateway.json when it listens"
+                    f"the gateway did not start:\n{last_lines(output)}", rule="it writes gateway.json when it listens"
                 )
             time.sleep(0.02)
 
@@ -114,13 +114,22 @@ class LocalRun:
     def poll(self) -> dict[str, Any]:
         """Keeps everything running and returns the learner's status, {} before its start.
 
+        A learner that cannot go on ends nobody else: robots stay connected and their data is taken in; its state is "failed".
+
         Raises:
-            CrashLoop, LearnerError: Something cannot be kept running.
+            CrashLoop: The gateway cannot be kept running.
         """
         self.supervisor.poll()
         if self.learner is None:
             return {}
-        status = describe_learner(self.learner.poll())
+        try:
+            status = describe_learner(self.learner.poll())
+        except FleetError as error:
+            log.error("the learner cannot go on: %s", error)
+            self.failure = error
+            status = describe_learner(self.learner.status)
+        if self.failure is not None:
+            status |= {"state": "failed", "last_error": str(self.failure)}
         if self.registry is not None:
             self.registry.put_learner(status)
         return status
@@ -130,7 +139,8 @@ class LocalRun:
         return str(json.loads(endpoint_file(self.run).read_text())["endpoint"])
 
     def stop(self) -> None:
-        """Ends learner (after a checkpoint), gateway and registry, in this order."""
+        """Ends the robots started here, the learner (after a checkpoint), gateway and registry, in this order."""
+        self.supervisor.stop([name for name in self.supervisor.children if name not in ("gateway", "registry")])
         if self.learner is not None:
             from learner.cluster import stop_ray
 
@@ -165,15 +175,15 @@ def describe_learner(status: Any) -> dict[str, Any]:
 
 
 def up(source: Path, overrides: list[str], *, resume: bool, runs: Path, address: str) -> None:
-    """Serves a run until SIGINT or SIGTERM, or until the learner has done its steps."""
+    """Serves a run until SIGINT, SIGTERM or SIGHUP; robots are served also after the learner has done its steps."""
     run, tables = open_run(source, overrides, resume=resume, runs=runs)
     stop = threading.Event()
 
     def ask_to_stop(number: int, frame: object) -> None:
         stop.set()
 
-    signal.signal(signal.SIGINT, ask_to_stop)
-    signal.signal(signal.SIGTERM, ask_to_stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, ask_to_stop)
     local = LocalRun(run, tables)
     try:
         local.start()

@@ -252,22 +252,6 @@ class LearnerHandle:
         self.status.pid = 0
 
 
-def run_learner(run: RunFolder, tables: Mapping[str, Any], *, stop: threading.Event, on_status: Any = None) -> LearnerStatus:
-    """Keeps a learner running until it is done or ``stop`` is set; ``on_status(LearnerStatus)`` is called twice a second.
-
-    Raises:
-        FleetError: As LearnerHandle.poll.
-    """
-    handle = LearnerHandle(run, tables)
-    try:
-        while not (status := handle.poll()).done and not stop.wait(0.5):
-            if on_status is not None:
-                on_status(status)
-    finally:
-        handle.stop()
-    return handle.status
-
-
 def _error_of(fields: Mapping[str, str]) -> FleetError:
     """The error that ``to_fields`` was called on."""
     classes = [c for c in vars(fleet.errors).values() if isinstance(c, type) and issubclass(c, FleetError)]

@@ -35,8 +35,8 @@ class LearnerConfig:
     """Newest checkpoints that stay."""
     keep_releases: int = 500
     """Newest releases that stay; 0 for all."""
-    min_steps: int = 1
-    """Steps in the buffer before anything is trained."""
+    min_steps: int = 500
+    """Steps in the buffer before anything is trained: the policy's normalisation is fixed from what is there then."""
     max_updates_per_step: float = 0.0
     """Updates for each step that came since the start ended; 0: as many as the machine makes."""
     slack: int = 200

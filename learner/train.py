@@ -15,7 +15,6 @@ import torch
 
 from algorithms.base import Algorithm
 from algorithms.policies.registry import FAMILIES, build
-from buffer.log import load_spec
 from buffer.sampler import Sampler
 from fleet.batch import BatchNeeds
 from fleet.errors import LearnerError, NoData, RunFolderError
@@ -63,7 +62,7 @@ def train(run: RunFolder, tables: Mapping[str, Any], *, stop: Callable[[], bool]
         stack.callback(sampler.close)
         if not wait_for_data(sampler, config.min_steps, stop, report, journal):
             return Progress(steps=config.steps)
-        specs = [s for s in (load_spec(run.buffer, path.stem) for path in sorted((run.buffer / "specs").iterdir())) if s]
+        specs = sampler.specs
         embeddings_KE = torch.tensor([task["embedding"] for task in tasks.values()], dtype=torch.float32)
         loop = make_loop(run, tables, sampler, specs, embeddings_KE, journal, report)
         return loop.run(stop)
@@ -162,7 +161,10 @@ def wait_for_data(source: BatchSource, min_steps: int, stop: Callable[[], bool],
         num_steps = source.num_steps()
         if num_steps >= min_steps or stop():
             return num_steps >= min_steps
-        why = f"the learner waits for data: the buffer has {num_steps} steps, min_steps is {min_steps}"
+        why = (
+            f"the learner waits for data: the buffer has {num_steps} steps, learner.min_steps is {min_steps}; "
+            "give demonstrations with `fleet join FILE --demonstrate 10`"
+        )
         if not said:
             journal.write("waiting", why=why, step=0)
             said = True

@@ -150,7 +150,15 @@ def make_run(path: Path) -> RunFolder:
 def make_tables(**learner: Any) -> dict[str, Any]:
     """Tables of a run with a small policy; ``learner`` overrides fields of LearnerConfig."""
     tables = {name: cls() for name, cls in LEARNER_TABLES.items()}
-    small = {"steps": 40, "start_steps": 10, "publish_every": 10, "checkpoint_every": 20, "metrics_port": -1, "device": "cpu"}
+    small = {
+        "steps": 40,
+        "min_steps": 1,
+        "start_steps": 10,
+        "publish_every": 10,
+        "checkpoint_every": 20,
+        "metrics_port": -1,
+        "device": "cpu",
+    }
     tables["learner"] = LEARNER_TABLES["learner"](**{**small, **learner})
     tables["policy"].config = dict(SMALL_POLICY)
     tables["algorithm"].config = {"batch_size": 16, "start_steps": 10}

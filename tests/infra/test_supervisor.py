@@ -39,6 +39,17 @@ def test_a_crash_loop_ends_with_the_childs_last_words(tmp_path):
         poll_until(supervisor, lambda: False, timeout_s=30)
 
 
+def test_a_crash_loop_of_what_others_can_do_without_ends_nobody(tmp_path):
+    supervisor = Supervisor()
+    broken, other = python("raise SystemExit(1)", tmp_path), python("import time; time.sleep(60)", tmp_path, name="other")
+    broken.optional = True
+    supervisor.add(other)
+    supervisor.add(broken)
+    poll_until(supervisor, lambda: broken.start_at > time.monotonic() + 30, timeout_s=30)
+    assert other.running and other.num_restarts == 0
+    supervisor.stop()
+
+
 def test_work_that_ends_by_itself_is_not_started_again(tmp_path):
     supervisor = Supervisor()
     child = python("pass", tmp_path, once=True)
@@ -73,7 +84,7 @@ def test_a_pid_that_was_given_to_another_process_is_left_alone(tmp_path):
     supervisor = Supervisor()
     supervisor.add(other)
     child = python("import time; time.sleep(61)", tmp_path)
-    child.pid_file.write_text(str(other.process.pid))
+    child.pid_file.write_text(f"{other.process.pid} Sat Nov 21 03:43:29 2020")
     supervisor.add(child)
     assert other.running and child.running
     supervisor.stop()

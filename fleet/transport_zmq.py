@@ -175,34 +175,41 @@ class ZmqRobotLink:
             self._dial()
 
     def _note(self, event: zmq.Event) -> None:
-        where, robot_id = self._credential.endpoint, self._credential.robot_id
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
             self.state, self.last_error, self._retry_s = "connected", None, FIRST_RETRY_S
             self.connects += 1
-        elif event == zmq.Event.CONNECTED:
+            return
+        if event == zmq.Event.CONNECTED:
             self._answered = True
-        elif event == zmq.Event.HANDSHAKE_FAILED_AUTH:
-            what = f"the gateway at {where} does not take the key of robot {robot_id!r}"
-            remedy = f"it was revoked, or never enrolled there; enrol it on the server: `fleet enroll {robot_id}`"
-            self._down("refused", IdentityError(what, rule="only enrolled robots may connect", remedy=remedy))
-            # This socket will never come back by itself, so a new one is made after a while.
-            self._hang_up()
-            self._retry_at = time.monotonic() + self._retry_s
-            self._retry_s = min(self._retry_s * 2, MAX_RETRY_S)
-        elif event in (zmq.Event.HANDSHAKE_FAILED_NO_DETAIL, zmq.Event.HANDSHAKE_FAILED_PROTOCOL):
+            return
+        if event == zmq.Event.HANDSHAKE_FAILED_AUTH:
+            self._turned_away()
+            return
+        where = self._credential.endpoint
+        if event in (zmq.Event.HANDSHAKE_FAILED_NO_DETAIL, zmq.Event.HANDSHAKE_FAILED_PROTOCOL):
             what = f"what answers at {where} is not the gateway of run {self._credential.run_id!r}"
             remedy = "check the address; after `fleet up` with new keys enrol the robot again"
             rule = "a gateway proves that it has the run's server key"
             self._down("connecting", GatewayUnreachable(what, rule=rule, remedy=remedy))
-        elif event == zmq.Event.DISCONNECTED and self.state == "connected":
+        if event == zmq.Event.DISCONNECTED and self.state == "connected":
             remedy = "none needed: the robot spools and dials again"
             self._down("connecting", GatewayUnreachable(f"the connection to {where} was lost", remedy=remedy))
-        elif event == zmq.Event.CONNECT_RETRIED:
+        if event == zmq.Event.CONNECT_RETRIED:
             if not self._answered:
                 remedy = "start it with `fleet up`, or check address and firewall; the robot spools and dials again"
                 rule = "the gateway of the run listens there"
                 self._down("connecting", GatewayUnreachable(f"nothing answers at {where}", rule=rule, remedy=remedy))
             self._answered = False
+
+    def _turned_away(self) -> None:
+        """The gateway refuses this key. The socket will never come back by itself, so a new one is made after a while."""
+        robot_id = self._credential.robot_id
+        what = f"the gateway at {self._credential.endpoint} does not take the key of robot {robot_id!r}"
+        remedy = f"it was revoked, or never enrolled there; enrol it on the server: `fleet enroll {robot_id}`"
+        self._down("refused", IdentityError(what, rule="only enrolled robots may connect", remedy=remedy))
+        self._hang_up()
+        self._retry_at = time.monotonic() + self._retry_s
+        self._retry_s = min(self._retry_s * 2, MAX_RETRY_S)
 
     def _down(self, state: str, error: FleetError) -> None:
         self.state, self.last_error = state, error

@@ -80,9 +80,9 @@ def _page(facts: Facts, numbers: dict[str, Any]) -> str:
     name = html.escape(facts.run_id)
     started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts.start_ns / 1e9)) if facts.start_ns else "never"
     plots = [
-        ("Success on held-out starts", "Each tested release, with Wilson 95 % intervals.", _plot_curve),
+        ("Success on held-out starts", "Each tested release, with Wilson 95 % intervals.", plot_curve),
         ("Success of the fleet at work", "Last 10 episodes a task that succeeded without an operator.", _plot_autonomous),
-        ("Interventions per minute", "Episodes in which an operator took over, by when they ended.", _plot_interventions),
+        ("Interventions per minute", "Episodes in which an operator took over, by when they ended.", plot_interventions),
         ("Version lag", "Releases that are published and not yet loaded, by robot: mean over time.", _plot_lags),
         ("Latencies", "Share of steps, or of releases on a robot, that took at most so long.", _plot_latencies),
     ]
@@ -182,7 +182,8 @@ def _colours(names: list[str]) -> dict[str, str]:
     return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(sorted(names))}
 
 
-def _plot_curve(axes: Axes, facts: Facts) -> bool:
+def plot_curve(axes: Axes, facts: Facts) -> bool:
+    """Success of the tested releases over time, by task. False when there is nothing to draw."""
     points_by_task = curve(facts)
     for (task, points), colour in zip(points_by_task.items(), _colours(list(points_by_task)).values(), strict=True):
         points = sorted((p for p in points if "rate" in p), key=lambda p: p["minutes"])
@@ -207,7 +208,8 @@ def _finish_rates(axes: Axes, has_data: bool) -> bool:
     return has_data
 
 
-def _plot_interventions(axes: Axes, facts: Facts) -> bool:
+def plot_interventions(axes: Axes, facts: Facts) -> bool:
+    """Episodes a minute, and those with an intervention. False when there is nothing to draw."""
     bins, width = interventions_per_minute(facts), 0.9 * bin_minutes(facts)
     if not bins:
         return False

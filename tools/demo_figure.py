@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from fleet.runfolder import RunFolder
-from infra.report import _plot_curve, _plot_interventions
+from infra.report import plot_curve, plot_interventions
 from infra.report_data import read_facts
 
 
@@ -19,7 +19,7 @@ def main() -> None:
         figure = Figure(figsize=(9.6, 3.2), layout="constrained")
         for axes, draw, title in zip(
             figure.subplots(1, 2),
-            (_plot_curve, _plot_interventions),
+            (plot_curve, plot_interventions),
             ("success on held-out starts, 95 % intervals", "episodes, and those with an intervention"),
             strict=True,
         ):

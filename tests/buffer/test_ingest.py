@@ -142,3 +142,10 @@ def test_the_journal_has_a_latency_for_each_step_and_a_line_for_each_episode(ing
     assert (episode["robot"], episode["boot"], episode["outcome"], episode["operator_steps"]) == (R, B, "success", 1)
     assert episode["source"] == "policy" and episode["task"] == "reach"
     assert ingest.stats.steps == {(R, "policy"): 7, (R, "operator"): 1}
+
+
+def test_a_hello_without_a_fragment_leaves_no_spec_behind(ingest):
+    ingest.admit("r9", "c" * 16, make_spec(state_size=9))
+    ingest.offer(R, *message(R, B, 1, 0, 0, [P]))
+    ingest.commit()
+    assert [spec.hash for spec in ingest._log.specs()] == [make_spec().hash]

@@ -1,0 +1,65 @@
+import queue
+
+from loop_bench import ConstantRunner, run_episodes
+
+from actors.courier import Counters, Courier
+from actors.fragments import FragmentBuilder, encode_rows
+from actors.robots.toy import ToyRobot
+from fleet.robot import Source
+from fleet.schema import check_fragment, decode_fragment
+
+
+class SlowDisk(queue.Queue):
+    """A queue whose reader stalls: it takes ``room`` cuts, then none until ``go`` is set."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room, self.go = room, False
+
+    def put_nowait(self, item):
+        if not self.go and self.qsize() >= self.room:
+            raise queue.Full
+        super().put_nowait(item)
+
+
+def cut_by_cut(courier, builder, episode, num_cuts, frames_per_cut=3):
+    """One episode in pieces, as the courier would cut it."""
+    builder._begin(episode, "reach", 1)
+    frame = 0
+    for _ in range(num_cuts):
+        for _ in range(frames_per_cut):
+            builder._append("steps", step(builder, episode, frame))
+            frame += 1
+        courier.cut()
+    builder.end("failure", "robot", frame)
+    courier.cut()
+
+
+def step(builder, episode, frame):
+    row = {"robot_id": builder.robot_id, "boot_id": builder.boot_id, "episode_id": episode, "frame_index": frame}
+    row |= {"time_ns": 1, "mono_ns": 1, "task": "reach", "source": int(Source.POLICY), "operator_id": "", "intervention": False}
+    row |= {"chunk_id": -1, "chunk_index": -1, "next.reward": 0.0, "next.terminated": False, "next.truncated": False}
+    robot = ToyRobot()
+    return row | {"action": robot.hold(), **robot.reset("reach", 1)}
+
+
+def test_what_follows_a_lost_part_of_an_episode_is_lost_too_and_the_next_episode_is_whole():
+    spec, cuts = ToyRobot().spec, SlowDisk(room=2)
+    builder, counters = FragmentBuilder(spec, "toy-1", "b" * 16, {}), Counters()
+    courier = Courier(spec, None, None, None, builder, cuts, counters, 0.5)
+    cut_by_cut(courier, builder, 0, num_cuts=3)  # the third cut finds no room
+    cuts.go = True
+    cut_by_cut(courier, builder, 1, num_cuts=2)
+    frames = {}
+    while not cuts.empty():
+        for row in cuts.get().get("steps", []):
+            frames.setdefault(row["episode_id"], []).append(row["frame_index"])
+    assert frames == {0: list(range(6)), 1: list(range(6))}
+    assert counters.lost_rows == 3 + 1  # three steps and the closed row of the first episode
+
+
+def test_the_builder_makes_what_the_gateway_takes():
+    tables, _, courier = run_episodes(ConstantRunner([0.1, 0.1]), episodes=1)
+    directory, payload = encode_rows(courier.spec, tables)
+    check_fragment(decode_fragment(directory, payload), courier.spec, "toy-1", "b" * 16)
+    assert courier.counters.steps == len(tables["steps"]) and courier.counters.episodes == 1

@@ -9,15 +9,16 @@ from fleet.robot import Source
 from fleet.schema import check_fragment, decode_fragment
 
 
-class SlowDisk(queue.Queue):
-    """A queue whose reader stalls: it takes ``room`` cuts, then none until ``go`` is set."""
+class StalledOnce(queue.Queue):
+    """A queue that is full at one moment: for its third item."""
 
-    def __init__(self, room):
+    def __init__(self):
         super().__init__()
-        self.room, self.go = room, False
+        self.num_offered = 0
 
     def put_nowait(self, item):
-        if not self.go and self.qsize() >= self.room:
+        self.num_offered += 1
+        if self.num_offered == 3:
             raise queue.Full
         super().put_nowait(item)
 
@@ -44,18 +45,17 @@ def step(builder, episode, frame):
 
 
 def test_what_follows_a_lost_part_of_an_episode_is_lost_too_and_the_next_episode_is_whole():
-    spec, cuts = ToyRobot().spec, SlowDisk(room=2)
+    spec, cuts = ToyRobot().spec, StalledOnce()
     builder, counters = FragmentBuilder(spec, "toy-1", "b" * 16, {}), Counters()
     courier = Courier(spec, None, None, None, builder, cuts, counters, 0.5)
-    cut_by_cut(courier, builder, 0, num_cuts=3)  # the third cut finds no room
-    cuts.go = True
+    cut_by_cut(courier, builder, 0, num_cuts=4)  # the third cut finds no room, the fourth would leave a gap
     cut_by_cut(courier, builder, 1, num_cuts=2)
     frames = {}
     while not cuts.empty():
         for row in cuts.get().get("steps", []):
             frames.setdefault(row["episode_id"], []).append(row["frame_index"])
     assert frames == {0: list(range(6)), 1: list(range(6))}
-    assert counters.lost_rows == 3 + 1  # three steps and the closed row of the first episode
+    assert counters.lost_rows == 3 + 3 + 1  # six steps and the closed row of the first episode
 
 
 def test_the_builder_makes_what_the_gateway_takes():

@@ -1,3 +1,4 @@
+import dataclasses
 import time
 
 import numpy as np
@@ -81,3 +82,17 @@ def test_the_rate_is_kept():
     start = time.monotonic()
     run_episodes(ConstantRunner([0.0, 0.0]), realtime=True, robot=ToyRobot(control_hz=100, max_steps=50))
     assert 0.49 <= time.monotonic() - start < 1.5
+
+
+class OneEpisodeLate(ConstantRunner):
+    """Answers each request with a chunk that is marked as of the episode before, as one that was computed too late is."""
+
+    def act(self, episode_id, frame_index, task, obs):
+        return dataclasses.replace(super().act(episode_id, frame_index, task, obs), episode_id=episode_id - 1)
+
+
+def test_a_chunk_of_the_episode_before_is_not_executed():
+    runner = OneEpisodeLate([1.0, 1.0])
+    robot = ToyRobot(control_hz=200, max_steps=20)
+    tables, _, _ = run_episodes(runner, realtime=True, chunk_deadline_s=0.002, robot=robot, episodes=2)
+    assert {s["source"] for s in tables["steps"]} == {Source.SCRIPT}

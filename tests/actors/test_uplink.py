@@ -186,3 +186,13 @@ def test_a_robot_that_the_policy_cannot_drive_is_told_so_once_and_for_all(tmp_pa
     with pytest.raises(Refused, match="no camera"):
         turn(server, robot)
     assert robot.spool.num_pending == 1  # nothing is lost
+
+
+def test_a_new_connection_is_introduced_anew(server, tmp_path):
+    robot = RobotSide(server, tmp_path / "robot")
+    turn(server, robot)
+    assert len(robot.welcomes) == 1
+    robot.uplink.link.connects += 1  # the link dialled again by itself: the gateway knows nothing of this connection
+    robot.uplink._last_hello = -1e9
+    turn(server, robot)
+    assert len(robot.welcomes) == 2

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fleet.errors import FleetError
 from fleet.runfolder import RunFolder
 
 
@@ -25,8 +26,8 @@ def read_status(run: RunFolder) -> dict[str, Any]:
         registry = Registry(registry_url(run.registry, run.config), prefix)
         status["robots"], status["learner"] = registry.robots(), registry.learner()
         registry.close()
-    except Exception as error:  # the registry is only a view: whatever it says, the rest is shown
-        status["registry"] = f"not reachable: {error}"
+    except FleetError as error:  # the registry is only a view: without it the rest is shown
+        status["registry"] = f"not reachable: {error.what}"
     return status
 
 
@@ -39,6 +40,7 @@ def show_status(run_path: Path, as_json: bool) -> None:
     console.print(f"run [bold]{status['run']}[/] in {status['folder']}, newest release {status['release'] or 'none'}")
     if "registry" in status:
         console.print(f"registry {status['registry']}; is `fleet up` running?")
+        return
     learner = status.get("learner") or {}
     if learner:
         console.print("learner " + ", ".join(f"{key} {value}" for key, value in sorted(learner.items())))

@@ -102,7 +102,11 @@ class LocalRun:
         """
         from learner.cluster import start_ray
 
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        handlers = {number: signal.getsignal(number) for number in numbers}
         start_ray(address or None)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # Ray sets its own, which would end this process without a checkpoint
 
     def start_learner(self) -> None:
         """Starts the learner in Ray, after ``start_cluster``."""

@@ -41,7 +41,7 @@ class MlpConfig:
     num_layers: int = 3
     """Hidden layers."""
     obs_gain: float = 2.0
-    """Normalised observations are multiplied by this before the first layer. On the demo's tasks 2 did better than 1."""
+    """Normalised observations are multiplied by this before the first layer."""
     log_std: float = -2.0
     """Initial log standard deviation of an action, in the action's units; the imitation loss leaves it alone."""
 

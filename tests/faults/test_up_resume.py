@@ -41,8 +41,9 @@ def wait_until(condition, timeout_s):
 
 
 def stop(process):
+    """As a service manager does it."""
     if process.poll() is None:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     return said
 
@@ -83,6 +84,8 @@ def test_a_killed_run_is_gone_on_with_and_its_robots_never_stop(tmp_path):
     finally:
         said = [stop(process) for process in reversed(started)]
     assert "--resume" in said[0]  # the last one says how to go on
+    assert again.returncode == 0 and lines(run, "learner", "checkpoint")[-1]["step"] > resumed[0]["step"]
+    assert str(run) not in subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     restarts = [line for line in (run / "logs").glob("sim-*.log") if "Traceback" in line.read_text()]
     assert restarts == []
     reader = LogReader(run / "buffer")

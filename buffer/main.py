@@ -18,6 +18,7 @@ from typing import Any
 
 from fleet.config import load_run
 from fleet.errors import ConfigError, FleetError, PolicyError
+from fleet.files import Files
 from fleet.runfolder import RunFolder
 from fleet.spec import RobotSpec
 
@@ -172,20 +173,13 @@ def serve(run: RunFolder, config: GatewayConfig, registry_address: str, prefix: 
     link.on_malformed = gateway.count_malformed
     port = metrics.serve(config.metrics_port)
     facts = {"endpoint": advertised(link.endpoint, config), "bound": link.endpoint, "metrics_port": port}
-    write_atomic(endpoint_file(run), json.dumps(facts))
+    Files().write_atomic(endpoint_file(run), json.dumps(facts).encode())
     try:
         gateway.run(stop)
     finally:
         link.close()
         shard.close()
         registry.close()
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Whoever reads sees the old or the new text, never half of it."""
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from fleet.errors import IdentityError
+from fleet.files import Files
 from fleet.spec import ROBOT_ID
 
 _Z85_KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
@@ -176,7 +177,7 @@ def revoke(keys: Path, robot_id: str) -> None:
         raise IdentityError(
             f"robot {robot_id!r} is not enrolled", rule="only enrolled robots can be revoked", remedy=f"see {keys / 'robots'}"
         ) from None
-    _sync_folder(keys / "robots")
+    Files().fsync_dir(keys / "robots")
 
 
 def enrolled(keys: Path) -> dict[str, str]:
@@ -261,7 +262,7 @@ def _no_keys(keys: Path, name: str, error: Exception) -> IdentityError:
 def _write_private(path: Path, text: str) -> None:
     part = _part(path, text)
     os.replace(part, path)
-    _sync_folder(path.parent)
+    Files().fsync_dir(path.parent)
 
 
 def _write_new(path: Path, text: str) -> None:
@@ -276,7 +277,7 @@ def _write_new(path: Path, text: str) -> None:
         ) from None
     finally:
         part.unlink()
-    _sync_folder(path.parent)
+    Files().fsync_dir(path.parent)
 
 
 def _part(path: Path, text: str) -> Path:
@@ -286,11 +287,3 @@ def _part(path: Path, text: str) -> Path:
         file.flush()
         os.fsync(file.fileno())
     return part
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -59,11 +59,7 @@ class Stopped(Exception):
 
 
 class Demo:
-    """The phases of a demo; each is a method, ``run_demo`` calls them in order.
-
-    Args:
-        show: Called with the newest snapshot a few times a second.
-    """
+    """The phases of a demo; each is a method, ``run_demo`` calls them in order. ``show``: called a few times a second."""
 
     def __init__(self, run: RunFolder, tables: dict[str, Any], config: DemoConfig) -> None:
         self.run, self.tables, self.config = run, tables, config

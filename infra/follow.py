@@ -68,10 +68,8 @@ class RunFacts:
         self._sampleable: set[tuple[str, str, int]] = set()
         self.robots: dict[str, RobotFacts] = {}
         self.tasks: dict[str, TaskFacts] = {}
-        self.learner: dict[str, Any] = {}
-        self.version, self.version_step, self.updates = 0, 0, 0
-        self.updates_per_s = self.loss = 0.0
-        self.num_resumed = 0
+        self.version = self.updates = 0
+        self.loss = 0.0
         self.operator_steps = self.demo_steps = self.demo_episodes = self.steps = 0
         self.messages: collections.deque[str] = collections.deque(maxlen=5)
         self.latencies: dict[str, collections.deque[float]] = {
@@ -142,11 +140,10 @@ class RunFacts:
             facts.recent.append(line["outcome"] == "success" and line["operator_steps"] == 0)
 
     def _on_update(self, line: dict[str, Any]) -> None:
-        self.updates, self.loss, self.updates_per_s = line["step"], line["loss"], line["updates_per_s"]
+        self.updates, self.loss = line["step"], line["loss"]
 
     def _on_published(self, line: dict[str, Any]) -> None:
-        self.version, self.version_step = line["version"], line["step"]
+        self.version = line["version"]
 
     def _on_resumed(self, line: dict[str, Any]) -> None:
-        self.num_resumed += 1
         self.messages.append(f"learner resumed at step {line['step']}, release {line['version']}")

@@ -18,7 +18,7 @@ from algorithms.policies.registry import FAMILIES, build
 from buffer.sampler import Sampler
 from fleet.batch import BatchNeeds
 from fleet.errors import LearnerError, NoData, RunFolderError
-from fleet.files import FolderLock
+from fleet.files import Files, FolderLock
 from fleet.journal import Journal
 from fleet.lookup import resolve
 from fleet.robot import Source
@@ -262,11 +262,5 @@ def _instruments(run: RunFolder, config: LearnerConfig, report: Report) -> tuple
             report(progress)
 
     (run.logs / "learner.pid").write_text(str(os.getpid()))
-    _replace(run.path / "learner.json", json.dumps(facts))
+    Files().write_atomic(run.path / "learner.json", json.dumps(facts).encode())
     return journal, tell
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fleet.errors import DiskFull, ReleaseError, StorageError
+from fleet.files import Files
 from fleet.releases import CHUNK_ID, ChunkRef, Manifest, assemble, read_manifest, split
 
 _MANIFEST_NAME = re.compile(r"([1-9][0-9]{0,17})\.json")
@@ -70,7 +71,7 @@ class ReleaseStore:
                 self._write(path, data)
                 new_chunks = True
         if new_chunks:
-            _sync_folder(self._chunks)
+            Files().fsync_dir(self._chunks)
         parent = self._scan()
         version = max(parent or 0, self.last_version_given) + 1
         refs = tuple(ChunkRef(name, len(data)) for name, data in pieces)
@@ -85,7 +86,7 @@ class ReleaseStore:
         read_manifest(data)  # what robots would refuse is refused here
         self.never_reuse(version)
         self._write(self._manifests / f"{version}.json", data)
-        _sync_folder(self._manifests)
+        Files().fsync_dir(self._manifests)
         return signed
 
     def newest(self) -> int | None:
@@ -163,7 +164,7 @@ class ReleaseStore:
         if version > self.last_version_given:
             self._make_folders()
             self._write(self._folder / "counter", str(version).encode())
-            _sync_folder(self._folder)
+            Files().fsync_dir(self._folder)
 
     def prune(self, keep: int) -> list[int]:
         """Deletes all but the newest ``keep`` releases, and the chunks that no release names any more.
@@ -178,7 +179,7 @@ class ReleaseStore:
         if old:
             for version in old:
                 (self._manifests / f"{version}.json").unlink(missing_ok=True)
-            _sync_folder(self._manifests)
+            Files().fsync_dir(self._manifests)
             named = {chunk.id for version in kept for chunk in self.manifest(version).chunks}
             for entry in list(os.scandir(self._chunks)):
                 if entry.name not in named:
@@ -211,11 +212,3 @@ class ReleaseStore:
                 part.unlink()
             kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
             raise kind(f"{path} cannot be written: {error}", remedy="make room, or remove old releases") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

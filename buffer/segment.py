@@ -17,7 +17,6 @@ import os
 import re
 import secrets
 import struct
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import msgpack
 
 from fleet.errors import StorageError
 from fleet.files import Files, storage_errors
-from fleet.record import SALT_BYTES, Damage, Record, pack, packed_size, payload_intact, scan
+from fleet.record import SALT_BYTES, Damage, Record, crc32c, pack, packed_size, payload_intact, scan
 
 KIND_HEADER = 1
 KIND_FRAGMENT = 2
@@ -84,7 +83,7 @@ def list_segments(folder: Path) -> list[SegmentName]:
 def read_state(fd: int) -> SegmentState | None:
     """The newest state, or None where it is damaged or just being written."""
     data = os.pread(fd, STATE_BYTES, 0)
-    if len(data) != STATE_BYTES or _CHECK.unpack_from(data, _STATE.size)[0] != zlib.crc32(data[: _STATE.size]):
+    if len(data) != STATE_BYTES or _CHECK.unpack_from(data, _STATE.size)[0] != crc32c(data[: _STATE.size]):
         return None
     magic, sealed, length = _STATE.unpack_from(data)
     return SegmentState(length, bool(sealed)) if magic == _STATE_MAGIC else None
@@ -104,7 +103,7 @@ def read_state_file(path: Path) -> SegmentState | None:
 
 def _pack_state(state: SegmentState) -> bytes:
     data = _STATE.pack(_STATE_MAGIC, state.sealed, state.length)
-    return data + _CHECK.pack(zlib.crc32(data))
+    return data + _CHECK.pack(crc32c(data))
 
 
 def pack_marks(marks: Marks) -> bytes:

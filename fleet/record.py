@@ -3,7 +3,7 @@
     offset  size  field (little-endian)
     0       4     magic b"FLR1"
     4       1     kind
-    5       1     checksum: 1 = CRC-32 (zlib)
+    5       1     checksum: 2 = CRC-32C (Castagnoli)
     6       2     0
     8       4     header length: the payload starts that far after the record's start
     12      4     key length
@@ -16,27 +16,29 @@
 
 Records and payloads start at multiples of 64 bytes, so that Arrow buffers in a mapped file are aligned. The salt is
 random for each file and stands in its name: bytes inside of a payload cannot pass for a record when a reader looks for
-the next one after damage. CRC-32 and not CRC-32C, because the standard library has it at 3 GB/s; the
-field says which, so that another one can be read later.
+the next one after damage. CRC-32C by fastcrc, which uses the processor's instructions: it costs a few
+percent of the copy of the same bytes, so every payload is checked whenever it is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import struct
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgpack
+from fastcrc import crc32
 
 from fleet.errors import StorageError
+
+crc32c = crc32.iscsi  # Castagnoli's polynomial; crc32c(data, crc32c(before)) goes on from a part
 
 ALIGNMENT = 64
 MAX_KEY_BYTES = 1024 * 1024
 SALT_BYTES = 8
 _MAGIC = b"FLR1"
-_CRC32 = 1
+_CRC32C = 2
 _HEAD = struct.Struct("<4sBBHIIIIQ8s")
 _CHECK = struct.Struct("<I")
 _KEY_AT = _HEAD.size + _CHECK.size
@@ -76,8 +78,8 @@ def pack(kind: int, key: Mapping[str, Any], payload: bytes | memoryview, salt: b
     if len(packed) > MAX_KEY_BYTES:
         raise StorageError(f"a record's key has {len(packed)} bytes", rule=f"at most {MAX_KEY_BYTES} bytes")
     header_length = _KEY_AT + len(packed) + -(_KEY_AT + len(packed)) % ALIGNMENT
-    head = _HEAD.pack(_MAGIC, kind, _CRC32, 0, header_length, len(packed), len(payload), zlib.crc32(payload), fsynced, salt)
-    check = _CHECK.pack(zlib.crc32(packed, zlib.crc32(head)))
+    head = _HEAD.pack(_MAGIC, kind, _CRC32C, 0, header_length, len(packed), len(payload), crc32c(payload), fsynced, salt)
+    check = _CHECK.pack(crc32c(packed, crc32c(head)))
     header = b"".join((head, check, packed)).ljust(header_length, b"\0")
     return [header, payload, _ZEROS[: -len(payload) % ALIGNMENT]]
 
@@ -93,14 +95,14 @@ def parse(data: Any, at: int, end: int, salt: bytes) -> Record | None:
         return None
     head = bytes(data[at : at + _KEY_AT])
     magic, kind, checksum, _, header_length, key_length, length, crc, fsynced, own_salt = _HEAD.unpack_from(head)
-    if magic != _MAGIC or own_salt != salt or checksum != _CRC32:
+    if magic != _MAGIC or own_salt != salt or checksum != _CRC32C:
         return None
     payload_at = at + header_length
     stop = payload_at + length + -length % ALIGNMENT
     if key_length > MAX_KEY_BYTES or header_length < _KEY_AT + key_length or header_length % ALIGNMENT or stop > end:
         return None
     packed = bytes(data[at + _KEY_AT : at + _KEY_AT + key_length])
-    if zlib.crc32(packed, zlib.crc32(head[: _HEAD.size])) != _CHECK.unpack_from(head, _HEAD.size)[0]:
+    if crc32c(packed, crc32c(head[: _HEAD.size])) != _CHECK.unpack_from(head, _HEAD.size)[0]:
         return None
     key = msgpack.unpackb(packed, raw=False, strict_map_key=False)
     return Record(at, kind, key, payload_at, length, crc, fsynced, stop)
@@ -109,7 +111,7 @@ def parse(data: Any, at: int, end: int, salt: bytes) -> Record | None:
 def payload_intact(data: Any, record: Record) -> bool:
     """Whether the payload's checksum holds."""
     view = memoryview(data)[record.payload_at : record.payload_at + record.payload_length]
-    return zlib.crc32(view) == record.payload_crc
+    return crc32c(view) == record.payload_crc
 
 
 def scan(data: Any, start: int, end: int, salt: bytes, *, verify: bool = True) -> Iterator[Record | Damage]:

@@ -1,13 +1,26 @@
 import pytest
 
 from fleet.errors import StorageError
-from fleet.record import Damage, Record, pack, parse, payload_intact, scan
+from fleet.record import Damage, Record, crc32c, pack, parse, payload_intact, scan
 
 SALT = b"12345678"
 
 
 def make(payloads, salt=SALT):
     return b"".join(b"".join(pack(2, {"seq": i + 1}, p, salt, 64 * i)) for i, p in enumerate(payloads))
+
+
+def test_the_checksum_is_crc32c_by_its_published_check_value():
+    assert crc32c(b"123456789") == 0xE3069283
+    assert crc32c(memoryview(b"6789"), crc32c(b"12345")) == 0xE3069283, "goes on from a part"
+    (head, *_) = pack(2, {}, b"123456789", SALT, 0)
+    assert head[5] == 2 and head[20:24] == (0xE3069283).to_bytes(4, "little")
+
+
+def test_another_kind_of_checksum_is_not_guessed():
+    data = bytearray(make([b"x"]))
+    data[5] = 1
+    assert parse(bytes(data), 0, len(data), SALT) is None
 
 
 def test_records_are_aligned_and_come_back():

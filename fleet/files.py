@@ -65,8 +65,25 @@ class Files:
     def unlink(self, path: Path) -> None:
         os.unlink(path)
 
+    def mkdir(self, path: Path) -> None:
+        os.mkdir(path)
+
+    def rmdir(self, path: Path) -> None:
+        os.rmdir(path)
+
     def close(self, fd: int) -> None:
         os.close(fd)
+
+    def make_folders(self, path: Path) -> None:
+        """Makes a folder and what is missing above it, durably; one that a killed process made becomes durable too."""
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        deepest = missing[-1].parent if missing else path
+        with contextlib.suppress(PermissionError):  # who may not read what is above has not made it either
+            self.fsync_dir(deepest.parent)
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                self.mkdir(folder)
+            self.fsync_dir(folder.parent)
 
     def write_atomic(self, path: Path, data: bytes) -> None:
         """Makes ``path`` hold ``data``, durably: whoever looks sees the old file or the whole new one."""

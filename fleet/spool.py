@@ -80,13 +80,13 @@ class Spool:
         self._examined: dict[tuple[str, int], tuple[bool, bool]] = {}
         self.boot_id = secrets.token_hex(8)
         with storage_errors(f"opening the spool in {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
+            self._files.make_folders(folder)
             self._lock = FolderLock(folder, "spool")
             found = sorted(match[0] for match in map(BOOT_NAME.match, os.listdir(folder)) if match)
             self._boots = [boot for name in found if (boot := self._recover(folder / name)).entries]
             number = int(found[-1][:8]) + 1 if found else 1
             self._current = Boot(self.boot_id, folder / f"{number:08d}-{self.boot_id}")
-            self._current.folder.mkdir()
+            self._files.mkdir(self._current.folder)
             self._files.fsync_dir(folder)
         self._boots.append(self._current)
 
@@ -173,7 +173,7 @@ class Spool:
             if not boot.entries and boot is not self._current:
                 self._boots.remove(boot)
                 with contextlib.suppress(OSError):
-                    boot.folder.rmdir()
+                    self._files.rmdir(boot.folder)
 
     def rewind(self, boot_id: str, high_water: int) -> None:
         """A connection begins: up to ``high_water`` all is stored, what follows is to be sent again."""
@@ -193,7 +193,7 @@ class Spool:
             self.flush()
         self._end_file()
         with contextlib.suppress(OSError):  # not empty: stays
-            self._current.folder.rmdir()
+            self._files.rmdir(self._current.folder)
         self._lock.release()
 
     def _recover(self, folder: Path) -> Boot:

@@ -145,7 +145,7 @@ def read_boot(files: Files, boot_id: str, folder: Path) -> tuple[Boot, list[Dama
         files.unlink(spool_file.path)
     if not boot.entries:
         with contextlib.suppress(OSError):
-            folder.rmdir()
+            files.rmdir(folder)
     return boot, damage
 
 

@@ -145,12 +145,15 @@ class ZmqRobotLink:
         sock.setsockopt(zmq.CONNECT_TIMEOUT, 5_000)
         sock.setsockopt(zmq.RECONNECT_IVL, 100)
         sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
-        sock.curve_serverkey = self._credential.server_public.encode()
-        sock.curve_publickey = self._credential.public.encode()
-        sock.curve_secretkey = self._credential.secret.encode()
+        self._secure(sock)
         self._monitor = sock.get_monitor_socket()
         self._socket = sock
         sock.connect(self._credential.endpoint)
+
+    def _secure(self, sock: zmq.Socket[bytes]) -> None:
+        sock.curve_serverkey = self._credential.server_public.encode()
+        sock.curve_publickey = self._credential.public.encode()
+        sock.curve_secretkey = self._credential.secret.encode()
 
     def _hang_up(self) -> None:
         if self._socket is not None:
@@ -244,7 +247,7 @@ class ZmqServerLink:
     """
 
     def __init__(self, bind: str, keys: Path) -> None:
-        public, secret = server_keys(keys)
+        self._server_keys = server_keys(keys)
         self._keys, self._context = keys, zmq.Context()
         self._zap = _ZapHandler(self._context, keys)
         sock = self._context.socket(zmq.ROUTER)
@@ -252,9 +255,7 @@ class ZmqServerLink:
         sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
         sock.setsockopt(zmq.ROUTER_HANDOVER, 0)
         sock.setsockopt(zmq.BACKLOG, 512)
-        sock.curve_server = 1
-        sock.curve_publickey, sock.curve_secretkey = public.encode(), secret.encode()
-        sock.zap_domain = ZAP_DOMAIN
+        self._secure(sock)
         self._socket = sock
         try:
             sock.bind(bind)
@@ -306,6 +307,12 @@ class ZmqServerLink:
         self._context.term()
         self._zap.join()
 
+    def _secure(self, sock: zmq.Socket[bytes]) -> None:
+        public, secret = self._server_keys
+        sock.curve_server = 1
+        sock.curve_publickey, sock.curve_secretkey = public.encode(), secret.encode()
+        sock.zap_domain = ZAP_DOMAIN
+
     def _receive_one(self) -> tuple[Peer, Message] | None:
         routing_id = self._socket.recv(zmq.NOBLOCK)
         frames: list[zmq.Frame] = []
@@ -330,9 +337,13 @@ class ZmqServerLink:
         known = self._connections.get(routing_id)
         if known is None:
             fd = int(frame.get(zmq.SRCFD))
-            known = _Connection(str(frame.get("User-Id")), str(frame.get("Fleet-Key")), fd, _peer_address(fd))
+            known = _Connection(*self._identity_of(routing_id, frame), fd, _peer_address(fd))
             self._connections[routing_id] = known
         return known
+
+    def _identity_of(self, routing_id: bytes, frame: zmq.Frame) -> tuple[str, str]:
+        """The robot and its key, as libzmq has them from the ZAP handler; nothing that a robot says counts."""
+        return str(frame.get("User-Id")), str(frame.get("Fleet-Key"))
 
     def _turn_out(self, routing_id: bytes, connection: _Connection, error: ProtocolError) -> None:
         self.malformed[connection.robot_id] += 1

@@ -116,8 +116,19 @@ class Ingest:
         except FragmentRefused:
             self.stats.refused += 1
             raise
-        self._log.append(robot_id, boot_id, seq, fields["spec_hash"], fields["tables"], payload, progress.to_note())
-        self._pending.append(_pending(robot_id, boot_id, seq, len(payload), fragment, closed))
+        pending = _pending(robot_id, boot_id, seq, len(payload), fragment, closed)
+        self._log.append(
+            robot_id,
+            boot_id,
+            seq,
+            fields["spec_hash"],
+            fields["tables"],
+            payload,
+            progress.to_note(),
+            episode=progress.episode_id,
+            steps=np.bincount(pending.sources, minlength=len(Source)).tolist(),
+        )
+        self._pending.append(pending)
 
     def _decode(self, robot_id: str, fields: Mapping[str, Any], payload: bytes | memoryview) -> Fragment:
         spec = self._log.spec(fields["spec_hash"])

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from buffer.manifest import live_segments
 from buffer.segment import (
     BootKey,
     Mark,
     Marks,
     Recovered,
+    SegmentName,
     SegmentWriter,
-    list_segments,
     pack_marks,
+    read_header,
     read_marks,
     read_state_file,
     recover_segment,
@@ -62,35 +64,33 @@ class Log:
         self._specs: dict[str, RobotSpec] = {}
         self._active: SegmentWriter | None = None
         self._unreported: set[BootKey] = set()
-        names = list_segments(folder)
+        names = live_segments(folder)
         self._next_number = names[-1].number + 1 if names else 1
-        self.recovered = self._recover()
-        self._durable = self._read_marks()
+        with storage_errors(f"opening the log in {folder}"):
+            self.recovered = self._recover(names)
+            self._durable = self._read_marks(names)
         self._marks = dict(self._durable)
 
-    def _recover(self) -> tuple[Recovered, ...]:
-        """Seals every segment that is not, newest first: each ends where the next one's marks say."""
-        done, next_marks = [], None
-        for name in reversed(list_segments(self._folder)):
+    def _recover(self, names: Sequence[SegmentName]) -> tuple[Recovered, ...]:
+        """Seals every segment that is not, newest first: each ends where the next one's marks say. Only those are scanned."""
+        done, after = [], list(names)
+        while after:
+            name = after.pop()
             state = read_state_file(name.state_path)
             if state is None or not state.sealed:
-                done.append(recover_segment(self._files, name, next_marks))
-                state = read_state_file(name.state_path)
-            header = read_marks(name, state.length if state else 0, header_only=True)
-            next_marks = next_marks if header is None else header
+                done.append(recover_segment(self._files, name, _header_marks(names[len(after) + 1 :])))
         return tuple(reversed(done))
 
-    def _read_marks(self) -> Marks:
-        """Marks of the newest segment with an intact header; what lies in segments after it is added."""
-        names = list_segments(self._folder)
+    def _read_marks(self, names: Sequence[SegmentName]) -> Marks:
+        """Marks of the newest segment with an intact header, and what the fragments in it and after it add."""
         marks: Marks = {}
         for name in reversed(names):
             state = read_state_file(name.state_path)
-            found = read_marks(name, state.length if state else 0)
-            for key, mark in (found or {}).items():
+            header, of_fragments = read_marks(name, state.length if state else 0)
+            for key, mark in (*of_fragments.items(), *(header.marks if header else {}).items()):
                 if mark.seq > marks.get(key, Mark()).seq:
                     marks[key] = mark
-            if found is not None:
+            if header is not None:
                 break
         return marks
 
@@ -139,11 +139,16 @@ class Log:
         tables: Mapping[str, int],
         payload: bytes | memoryview,
         note: tuple[Any, ...] = (),
+        *,
+        episode: int = -1,
+        steps: Sequence[int] = (),
     ) -> None:
         """Appends one fragment as received. It is not durable before ``commit`` returns it.
 
         Args:
             note: Small plain data kept beside the newest fragment of each (robot, boot), also across segments.
+            episode: The episode that its steps belong to.
+            steps: How many steps it has of each fleet.robot.Source, by the source's number; retention goes by it.
 
         Raises:
             DiskFull: No room. Earlier fragments of the group are unaffected; try again when there is room.
@@ -157,6 +162,8 @@ class Log:
             "tables": dict(tables),
             "recv_ns": time.time_ns(),
             "note": note,
+            "episode": episode,
+            "steps": tuple(steps),
         }
         if self._active is not None and not self._active.fits(_KEY_BYTES, len(payload)):
             self._end_segment()
@@ -216,6 +223,15 @@ class Log:
             raise
         for key in self._unreported:
             self._durable[key] = self._marks[key]
+
+
+def _header_marks(names: Sequence[SegmentName]) -> Marks | None:
+    """Marks at the start of the first of these segments whose header is intact."""
+    for name in names:
+        header = read_header(name)
+        if header is not None:
+            return header.marks
+    return None
 
 
 def load_spec(folder: Path, spec_hash: str) -> RobotSpec | None:

@@ -1,6 +1,7 @@
 """A segment: one file of records, written by one process, sealed once, never truncated or appended to again.
 
-    00000001-<salt>.seg      a header record (the marks of every (robot, boot) at its start), then fragments
+    00000001-<salt>.seg      a header record (the marks of every (robot, boot) at its start), then fragments; its key says
+                             whether retention left it as a part of an earlier file (generation, kept_for)
     00000001-<salt>.state    32 bytes: committed length, sealed or not; overwritten in place after each fsync
 
 The segment file has its full size from the start (without using disk space), so that a reader maps it once. What
@@ -17,7 +18,7 @@ import os
 import re
 import secrets
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import msgpack
 
 from fleet.errors import StorageError
 from fleet.files import Files, storage_errors
-from fleet.record import SALT_BYTES, Damage, Record, crc32c, pack, packed_size, payload_intact, scan
+from fleet.record import SALT_BYTES, Damage, Record, crc32c, pack, packed_size, parse, payload_intact, scan
 
 KIND_HEADER = 1
 KIND_FRAGMENT = 2
@@ -68,6 +69,10 @@ class SegmentName:
     @property
     def state_path(self) -> Path:
         return self.path.with_suffix(".state")
+
+    @property
+    def index_path(self) -> Path:
+        return self.path.with_suffix(".index")
 
 
 def list_segments(folder: Path) -> list[SegmentName]:
@@ -138,7 +143,7 @@ class SegmentWriter:
         self._fds: list[int] = []
         self.written = self.committed = 0
         self.broken = False
-        header = pack(KIND_HEADER, {"number": number}, pack_marks(marks), salt, 0)
+        header = pack_header(number, pack_marks(marks), salt)
         try:
             with storage_errors(f"a new segment in {folder}"):
                 self._fds.append(files.open_new(self.name.path))
@@ -286,20 +291,62 @@ def _store_state(files: Files, name: SegmentName, state: SegmentState) -> None:
         files.fsync_dir(name.state_path.parent)
 
 
-def read_marks(name: SegmentName, length: int, *, header_only: bool = False) -> Marks | None:
-    """Marks at the end of a sealed segment (or at its start); None where its header record is damaged."""
-    with name.path.open("rb") as file, storage_errors(f"reading {name.path}"):
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """A segment's first record.
+
+    Attributes:
+        marks: High-water marks of everything before the segment.
+        generation: 0 as it was written, one more each time retention left a part of it.
+        kept_for: The protected sources for which retention left this part.
+    """
+
+    marks: Marks
+    generation: int
+    kept_for: tuple[str, ...]
+
+
+def pack_header(number: int, marks: bytes | memoryview, salt: bytes, **more: Any) -> list[bytes | memoryview]:
+    """The header record as buffers; ``marks`` as of ``pack_marks``."""
+    return pack(KIND_HEADER, {"number": number, **more}, marks, salt, 0)
+
+
+def read_header(name: SegmentName) -> Header | None:
+    """The header of a segment; None where it is damaged.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with mapped(name) as data:
+        return _header(parse(data, 0, len(data), name.salt), data)
+
+
+def _header(record: Record | Damage | None, data: Any) -> Header | None:
+    if not isinstance(record, Record) or record.kind != KIND_HEADER or not payload_intact(data, record):
+        return None
+    marks = unpack_marks(data[record.payload_at : record.payload_at + record.payload_length])
+    return Header(marks, record.key.get("generation", 0), tuple(record.key.get("kept_for", ())))
+
+
+def read_marks(name: SegmentName, length: int) -> tuple[Header | None, Marks]:
+    """The header of a sealed segment, None where it is damaged, and the marks that its fragments set.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with mapped(name, length) as data:
+        items = iter(scan(data, 0, len(data), name.salt, verify=False))
+        header = _header(parse(data, 0, len(data), name.salt), data)
+        return header, dict(mark_of(item.key) for item in items if isinstance(item, Record) and item.kind == KIND_FRAGMENT)
+
+
+@contextlib.contextmanager
+def mapped(name: SegmentName, length: int = 1 << 62) -> Iterator[mmap.mmap | bytes]:
+    """The first ``length`` bytes of a segment as a read-only map, closed at the end."""
+    with name.path.open("rb") as file:
         length = min(length, os.fstat(file.fileno()).st_size)
-        if length == 0:
-            return None
+        if not length:
+            yield b""
+            return
         with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ) as data:
-            items = scan(data, 0, length, name.salt, verify=False)
-            first = next(items, None)
-            if not isinstance(first, Record) or first.kind != KIND_HEADER or not payload_intact(data, first):
-                return None
-            marks = unpack_marks(data[first.payload_at : first.payload_at + first.payload_length])
-            for item in () if header_only else items:
-                if isinstance(item, Record):
-                    key, mark = mark_of(item.key)
-                    marks[key] = mark
-            return marks
+            yield data

@@ -63,7 +63,7 @@ class SegmentName:
     """A segment by its number; the salt in its name is that of its records."""
 
     number: int
-    path: Path = dataclasses.field(compare=False)
+    path: Path
     salt: bytes = dataclasses.field(compare=False)
 
     @property

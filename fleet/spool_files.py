@@ -175,11 +175,12 @@ def fill_holes(boot: Boot, first: int) -> tuple[int, int]:
     filled: list[Entry] = []
     for entry in boot.entries:
         if entry.seq > expected:
-            starts = _starts_episode(entry)
-            episode = filled[-1].episode if filled else entry.episode - int(starts)
+            starts = not entry.dropped and _starts_episode(entry)
+            # The gateway may have a part of the hole already: what is not below its episode is only known from here.
+            episode = entry.episode - int(starts)
             filled += [Entry(seq, episode, entry.spec_hash, True) for seq in range(expected, entry.seq)]
             missing += entry.seq - expected
-            broken = None if starts else entry.episode
+            broken = None if starts or entry.dropped else entry.episode
         if entry.episode == broken and not entry.dropped:
             steps += num_steps(entry)
             entry = dataclasses.replace(entry, dropped=True)
@@ -197,8 +198,6 @@ def num_steps(entry: Entry) -> int:
 
 
 def _starts_episode(entry: Entry) -> bool:
-    if entry.dropped:
-        return True  # holds no frames that would have to follow anything
     fragment = entry.decode()
     return (
         fragment is not None and "steps" in fragment.tables and fragment.tables["steps"].column("frame_index")[0].as_py() == 0

@@ -10,7 +10,7 @@ from buffer.log import Log
 from buffer.reader import LogReader
 from fleet.robot import Source
 from fleet.spool import Spool
-from tests.buffer.fragments import fragment, make_spec
+from tests.buffer.fragments import fragment, make_spec, message
 
 SCALE = int(os.environ.get("FLEET_TEST_SCALE", "1"))
 P, SPEC, BIG = Source.POLICY, make_spec(), 1 << 40
@@ -138,4 +138,22 @@ def test_damage_while_the_robot_works_does_not_stop_it(tmp_path):
     assert send_to_ingest(spool, tmp_path / "buffer") == 3 and (spool.damaged, spool.dropped_steps) == (1, 1)
     spool.acknowledge(spool.boot_id, 5)
     assert (spool.num_pending, spool.bytes_pending) == (0, 0)
+    spool.close()
+
+
+def test_a_hole_that_the_gateway_has_a_part_of_is_taken(tmp_path):
+    """The gateway had stored a fragment that was not flushed here; a power loss then took it and the one behind it."""
+    boot, files = make_boot(tmp_path / "spool", episodes=2)
+    data = bytearray(files[1].read_bytes())
+    whole = len(data)
+    data[: whole * 6 // 10] = bytes(whole * 6 // 10)  # two of three
+    files[1].write_bytes(data)
+    spool, log = Spool(tmp_path / "spool", max_bytes=BIG), Log(tmp_path / "buffer")
+    ingest = Ingest(log)
+    ingest.admit("r1", boot, SPEC)
+    for seq in range(1, 5):
+        ingest.offer("r1", *message("r1", boot, seq, (seq - 1) // 3, (seq - 1) % 3, [P], opened=seq in (1, 4), closed=seq == 3))
+    ingest.commit()
+    log.close()
+    assert send_to_ingest(spool, tmp_path / "buffer") == 0 and [r.seq for r in LogReader(tmp_path / "buffer").poll()][-1] == 6
     spool.close()

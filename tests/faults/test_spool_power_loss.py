@@ -46,7 +46,7 @@ class Robot:
         for boot in self.spool.boots():
             self.spool.rewind(boot, at(self.acked, self.now).get(boot, 0))
         while True:
-            self.rng.choice([self._append] * 5 + [self._flush, self._flush, self._send])()
+            self.rng.choice([self._append] * 6 + [self._flush, self._send, self._send])()
 
     def stop(self):
         if hasattr(self.spool, "_lock"):

@@ -155,6 +155,6 @@ class FragmentBuilder:
         self._rows.setdefault(table, []).append(row)
 
 
-def encode_rows(spec: RobotSpec, rows: Rows) -> tuple[dict[str, int], bytes]:
+def encode_rows(spec: RobotSpec, rows: Rows) -> tuple[dict[str, int], memoryview]:
     """Table directory and payload of a fragment."""
     return encode_fragment({name: build_table(name, spec, table) for name, table in rows.items()})

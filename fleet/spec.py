@@ -7,6 +7,7 @@ stays readable.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -122,7 +123,7 @@ class RobotSpec:
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise SpecError(f"spec cannot be read: {error!r}", rule="the form that RobotSpec.to_dict writes") from None
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """First 16 hex digits of the sha256 of the canonical JSON form."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))

@@ -101,7 +101,7 @@ def test_steps_of_two_episodes_in_one_fragment_are_refused(ingest):
 
 def test_mutated_bytes_are_refused(ingest):
     fields, payload = message(R, B, 1, 0, 0, [P] * 5)
-    for data in (payload[:-64], payload + bytes(64), bytes(len(payload))):
+    for data in (payload[:-64], bytes(payload) + bytes(64), bytes(len(payload))):
         assert_refused(ingest, fields, data, ".")
     assert ingest.stats.refused == 3
 

@@ -56,11 +56,12 @@ class Log:
         self._files, self._segment_bytes = files or Files(), segment_bytes
         self._folder, self._specs_folder = folder, folder / "specs"
         with storage_errors(f"opening the log in {folder}"):
-            self._specs_folder.mkdir(parents=True, exist_ok=True)
+            self._files.make_folders(folder)
+            self._files.make_folders(self._specs_folder)
             self._lock = FolderLock(folder, "log")
             # Names that a killed writer made are only seen, not yet durable.
-            for path in (self._specs_folder, folder, folder.parent):
-                self._files.fsync_dir(path)
+            self._files.fsync_dir(self._specs_folder)
+            self._files.fsync_dir(folder)
         self._specs: dict[str, RobotSpec] = {}
         self._active: SegmentWriter | None = None
         self._unreported: set[BootKey] = set()

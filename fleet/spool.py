@@ -41,7 +41,7 @@ class SpooledFragment:
     seq: int
     spec_hash: str
     tables: Mapping[str, int]
-    payload: bytes
+    payload: memoryview
 
 
 @dataclasses.dataclass

@@ -57,7 +57,7 @@ class Entry:
     def size(self) -> int:
         return self.end - self.at
 
-    def read(self) -> tuple[dict[str, int], bytes] | None:
+    def read(self) -> tuple[dict[str, int], memoryview] | None:
         """Table directory and payload; None where the file is damaged."""
         if self.dropped or self.file is None:
             return dropped_fragment(self.episode)
@@ -66,7 +66,7 @@ class Entry:
         record = parse(data, 0, len(data), self.file.salt)
         if record is None or not payload_intact(data, record):
             return None
-        return record.key["tables"], data[record.payload_at : record.payload_at + record.payload_length]
+        return record.key["tables"], memoryview(data)[record.payload_at : record.payload_at + record.payload_length]
 
     def decode(self) -> Fragment | None:
         """The tables; None where the file is damaged."""
@@ -89,7 +89,7 @@ class Boot:
     full_episode: int | None = None  # its rest is refused: without the part that found no room it cannot go on
 
 
-def dropped_fragment(episode: int) -> tuple[dict[str, int], bytes]:
+def dropped_fragment(episode: int) -> tuple[dict[str, int], memoryview]:
     """The tiny fragment that stands for a number whose data is gone."""
     row = {
         "episode_id": episode,

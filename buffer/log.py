@@ -21,6 +21,7 @@ from buffer.segment import (
     Recovered,
     SegmentName,
     SegmentWriter,
+    list_segments,
     pack_marks,
     read_header,
     read_marks,
@@ -56,18 +57,17 @@ class Log:
         self._files, self._segment_bytes = files or Files(), segment_bytes
         self._folder, self._specs_folder = folder, folder / "specs"
         with storage_errors(f"opening the log in {folder}"):
+            # Names that a killed writer made are only seen, not yet durable: in ``folder`` by the second line, too.
             self._files.make_folders(folder)
             self._files.make_folders(self._specs_folder)
-            self._lock = FolderLock(folder, "log")
-            # Names that a killed writer made are only seen, not yet durable.
             self._files.fsync_dir(self._specs_folder)
-            self._files.fsync_dir(folder)
+            self._lock = FolderLock(folder, "log")
         self._specs: dict[str, RobotSpec] = {}
         self._active: SegmentWriter | None = None
         self._unreported: set[BootKey] = set()
-        names = live_segments(folder)
-        self._next_number = names[-1].number + 1 if names else 1
         with storage_errors(f"opening the log in {folder}"):
+            names = live_segments(folder)
+            self._next_number = max((name.number for name in list_segments(folder)), default=0) + 1
             self.recovered = self._recover(names)
             self._durable = self._read_marks(names)
         self._marks = dict(self._durable)

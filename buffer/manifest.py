@@ -67,7 +67,7 @@ class Entry:
         num_labels: Fragments with a ``labels`` table.
         num_damaged: Places that are no record; payloads are not looked at.
         has_marks: Whether its header, which holds the high-water marks at its start, is intact.
-        kept_for: The protected sources for which retention has left this part of it.
+        kept_for: The protected sources for which retention has left this part of it; None before.
     """
 
     number: int
@@ -82,13 +82,14 @@ class Entry:
     last_recv_ns: int
     num_damaged: int
     has_marks: bool
-    kept_for: tuple[str, ...] = ()
+    kept_for: tuple[str, ...] | None = None
     boots: tuple[BootPart, ...] = ()
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Entry:
-        fields = {**fields, "kept_for": tuple(fields["kept_for"]), "boots": tuple(BootPart(*part) for part in fields["boots"])}
-        return cls(**fields)
+        kept_for = None if fields["kept_for"] is None else tuple(fields["kept_for"])
+        boots = tuple(BootPart(*part) for part in fields["boots"])
+        return cls(**{**fields, "kept_for": kept_for, "boots": boots})
 
     def to_dict(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -208,8 +209,8 @@ def facts_of(name: SegmentName, length: int) -> Entry:
     Raises:
         StorageError: The segment cannot be read.
     """
-    with storage_errors(f"reading {name.path}"), mapped(name, length) as data:
-        facts = _Facts(name)
+    with storage_errors(f"reading {name.path}"):
+        data, facts = mapped(name, length), _Facts(name)
         for item in scan(data, 0, len(data), name.salt, verify=False):
             facts.add(item, data)
         return facts.entry(length)
@@ -224,7 +225,7 @@ class _Facts:
         self._fragments = self._labels = self._damaged = self._generation = 0
         self._times: list[int] = []
         self._has_marks = False
-        self._kept_for: tuple[str, ...] = ()
+        self._kept_for: tuple[str, ...] | None = None
         self._boots: dict[tuple[str, str], BootPart] = {}
 
     def add(self, item: Record | Damage, data: Any) -> None:
@@ -232,7 +233,8 @@ class _Facts:
             self._damaged += 1
         elif item.kind == KIND_HEADER:
             self._has_marks = item.at == 0 and payload_intact(data, item)
-            self._generation, self._kept_for = item.key.get("generation", 0), tuple(item.key.get("kept_for", ()))
+            self._generation = item.key.get("generation", 0)
+            self._kept_for = tuple(item.key["kept_for"]) if self._generation else None
         elif item.kind == KIND_FRAGMENT:
             self._add_fragment(item.key)
 
@@ -278,7 +280,7 @@ def source_bits(key: Mapping[str, Any]) -> int:
     return sum(1 << source for source, count in enumerate(key["steps"]) if count)
 
 
-def episodes_of(entries: Iterable[Entry]) -> Iterator[tuple[EpisodeKey, int]]:
+def border_episodes(entries: Iterable[Entry]) -> Iterator[tuple[EpisodeKey, int]]:
     """The episodes at the borders of segments, with who acted in that part of them."""
     for entry in entries:
         for part in entry.boots:

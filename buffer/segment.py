@@ -18,7 +18,7 @@ import os
 import re
 import secrets
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,21 @@ class SegmentName:
 
 
 def list_segments(folder: Path) -> list[SegmentName]:
-    """All segments of a log in the order in which they were written."""
-    found = []
-    for entry in os.scandir(folder):
-        match = _NAME.match(entry.name)
-        if match:
-            found.append(SegmentName(int(match[1]), folder / entry.name, bytes.fromhex(match[2])))
-    return sorted(found)
+    """All segments of a log by number, also those that count no more: see ``manifest.live_segments``."""
+    with os.scandir(folder) as found:
+        return sorted(segment_name(folder / entry.name) for entry in found if _NAME.match(entry.name))
+
+
+def segment_name(path: Path) -> SegmentName:
+    """A segment by its file.
+
+    Raises:
+        StorageError: This is no name of a segment.
+    """
+    match = _NAME.match(path.name)
+    if match is None:
+        raise StorageError(f"{path} is no segment", rule="NNNNNNNN-<salt>.seg")
+    return SegmentName(int(match[1]), path, bytes.fromhex(match[2]))
 
 
 def read_state(fd: int) -> SegmentState | None:
@@ -249,7 +257,7 @@ def recover_segment(files: Files, name: SegmentName, next_marks: Marks | None) -
         known = read_state_file(name.state_path)
         proven = max([known.length if known else 0, *(item.fsynced for item in items if isinstance(item, Record))])
         result = _find_end(name, items, proven, next_marks)
-        _store_state(files, name, SegmentState(result.length, True))
+        store_state(files, name, SegmentState(result.length, True))
     return result
 
 
@@ -279,7 +287,8 @@ def _find_end(name: SegmentName, items: Iterable[Record | Damage], proven: int, 
     return Recovered(name, max(end, proven), num_fragments, tuple(damaged))  # readers have been to ``proven`` already
 
 
-def _store_state(files: Files, name: SegmentName, state: SegmentState) -> None:
+def store_state(files: Files, name: SegmentName, state: SegmentState) -> None:
+    """Stores a state durably; raises OSError."""
     new = not name.state_path.exists()
     fd = files.open_new(name.state_path) if new else files.open_existing(name.state_path)
     try:
@@ -298,12 +307,10 @@ class Header:
     Attributes:
         marks: High-water marks of everything before the segment.
         generation: 0 as it was written, one more each time retention left a part of it.
-        kept_for: The protected sources for which retention left this part.
     """
 
     marks: Marks
     generation: int
-    kept_for: tuple[str, ...]
 
 
 def pack_header(number: int, marks: bytes | memoryview, salt: bytes, **more: Any) -> list[bytes | memoryview]:
@@ -317,15 +324,15 @@ def read_header(name: SegmentName) -> Header | None:
     Raises:
         OSError: The file cannot be read.
     """
-    with mapped(name) as data:
-        return _header(parse(data, 0, len(data), name.salt), data)
+    data = mapped(name)
+    return _header(parse(data, 0, len(data), name.salt), data)
 
 
 def _header(record: Record | Damage | None, data: Any) -> Header | None:
     if not isinstance(record, Record) or record.kind != KIND_HEADER or not payload_intact(data, record):
         return None
     marks = unpack_marks(data[record.payload_at : record.payload_at + record.payload_length])
-    return Header(marks, record.key.get("generation", 0), tuple(record.key.get("kept_for", ())))
+    return Header(marks, record.key.get("generation", 0))
 
 
 def read_marks(name: SegmentName, length: int) -> tuple[Header | None, Marks]:
@@ -334,19 +341,18 @@ def read_marks(name: SegmentName, length: int) -> tuple[Header | None, Marks]:
     Raises:
         OSError: The file cannot be read.
     """
-    with mapped(name, length) as data:
-        items = iter(scan(data, 0, len(data), name.salt, verify=False))
-        header = _header(parse(data, 0, len(data), name.salt), data)
-        return header, dict(mark_of(item.key) for item in items if isinstance(item, Record) and item.kind == KIND_FRAGMENT)
+    data = mapped(name, length)
+    header = _header(parse(data, 0, len(data), name.salt), data)
+    items = scan(data, 0, len(data), name.salt, verify=False)
+    return header, dict(mark_of(item.key) for item in items if isinstance(item, Record) and item.kind == KIND_FRAGMENT)
 
 
-@contextlib.contextmanager
-def mapped(name: SegmentName, length: int = 1 << 62) -> Iterator[mmap.mmap | bytes]:
-    """The first ``length`` bytes of a segment as a read-only map, closed at the end."""
+def mapped(name: SegmentName, length: int = 1 << 62) -> mmap.mmap | bytes:
+    """The first ``length`` bytes of a segment, as far as there are so many, read-only.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
     with name.path.open("rb") as file:
         length = min(length, os.fstat(file.fileno()).st_size)
-        if not length:
-            yield b""
-            return
-        with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ) as data:
-            yield data
+        return mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ) if length else b""

@@ -7,11 +7,12 @@ SHELL := /bin/bash
 
 VENV := .venv
 PY := $(VENV)/bin/python
-SETUP := pyproject.toml constraints/main.txt tools/setup.sh
+LEROBOT := .venv-lerobot
+SETUP := pyproject.toml constraints/main.txt tools/setup.sh tools/find_python.sh
 RUN ?=
 TESTS ?= tests
 
-.PHONY: help demo test test-full bench lint clean
+.PHONY: help demo test test-full test-lerobot lerobot bench lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -26,6 +27,13 @@ test: lint  ## lint, types and every test at small counts
 test-full: lint  ## the same at the counts that the claims state
 	@echo "tests (FLEET_TEST_SCALE=10)"
 	FLEET_TEST_SCALE=10 $(PY) -m pytest -q --durations=30 --timeout=1200 $(TESTS)
+
+lerobot: $(LEROBOT)/.ready-lerobot  ## an environment with lerobot, for fleet data import and export (Python 3.12 or newer)
+	@echo "use $(LEROBOT)/bin/fleet data import | export"
+
+test-lerobot: $(LEROBOT)/.ready-lerobot  ## import and export tried with lerobot itself (Python 3.12 or newer)
+	@echo "tests with lerobot"
+	$(LEROBOT)/bin/python -m pytest -q --durations=5 tests/lerobot
 
 bench: $(VENV)/.ready-dev  ## every benchmark, and benchmarks/RESULTS.md from their results
 	@for name in attribution; do
@@ -45,6 +53,9 @@ $(VENV)/.ready-demo: $(SETUP)
 $(VENV)/.ready-dev: $(SETUP)
 	@tools/setup.sh $(VENV) dev learner,sim,dev
 
+$(LEROBOT)/.ready-lerobot: pyproject.toml constraints/lerobot.txt tools/setup.sh tools/find_python.sh
+	@LEAST_PYTHON=3.12 CONSTRAINTS=constraints/lerobot.txt tools/setup.sh $(LEROBOT) lerobot lerobot,dev
+
 clean:  ## remove environments, caches and build output; runs/ stays
-	rm -rf .venv .venv-base310 .venv-base311 build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-base310 .venv-base311 .venv-lerobot build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from actors.mailbox import Mailbox
 from fleet import __version__
 from fleet.errors import FleetError, ProtocolError, ReleaseError
 from fleet.spec import RobotSpec
-from fleet.spool import Spool
+from fleet.spool import SpooledFragment
 from fleet.transport import RobotLink
 from fleet.wire import PROTOCOLS, Kind, Message
 
@@ -31,6 +31,38 @@ class Refused(FleetError):
     code = "refused"
 
 
+class Outbox(Protocol):
+    """What is to be sent, in numbered fragments that stay until they are acknowledged: a ``fleet.spool.Spool``, or
+    something else that can produce a fragment again."""
+
+    boot_id: str
+
+    @property
+    def num_pending(self) -> int:
+        """Fragments that are not acknowledged."""
+        ...
+
+    def boots(self) -> list[str]:
+        """Boots with unacknowledged fragments, oldest first, and the current one."""
+        ...
+
+    def next_unsent(self) -> SpooledFragment | None:
+        """The next fragment to send; None when there is none now."""
+        ...
+
+    def unsend(self, boot_id: str, seq: int) -> None:
+        """``seq`` and what follows are to be sent again."""
+        ...
+
+    def acknowledge(self, boot_id: str, seq: int) -> None:
+        """Everything up to ``seq`` is stored."""
+        ...
+
+    def rewind(self, boot_id: str, high_water: int) -> None:
+        """A connection begins: up to ``high_water`` all is stored, what follows is to be sent again."""
+        ...
+
+
 class Uplink:
     """One robot's connection.
 
@@ -42,7 +74,7 @@ class Uplink:
     def __init__(
         self,
         link: RobotLink,
-        spool: Spool,
+        spool: Outbox,
         spec: RobotSpec,
         mailbox: Mailbox,
         on_welcome: Callable[[dict[str, Any], dict[str, Any]], None],

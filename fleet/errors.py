@@ -109,6 +109,12 @@ class NoData(FleetError):
     code = "no_data"
 
 
+class DatasetError(FleetError):
+    """A dataset of another format cannot be read or written, or does not fit the run."""
+
+    code = "dataset"
+
+
 class ReleaseError(FleetError):
     """A release is missing, incomplete, altered, or signed by another key."""
 

@@ -61,7 +61,7 @@ class LocalRun:
 
     def __init__(self, run: RunFolder, tables: dict[str, Any]) -> None:
         self.run, self.tables = run, tables
-        self._lock = _lock(run)
+        self._lock = lock_run(run)
         write_run_file(run, tables)  # all processes read it, so what was overridden or edited counts for each of them
         create_run_keys(run.keys)
         write_catalogue(run, tables["run"])
@@ -82,18 +82,7 @@ class LocalRun:
             command = server_command(self.run.registry)
             self.supervisor.add(Child("registry", command, self.run.logs / "registry.log", optional=True))
         self.registry = Registry(registry_url(self.run.registry, self.run.config), config.prefix)
-        old = endpoint_file(self.run).stat().st_mtime_ns if endpoint_file(self.run).exists() else 0
-        output = self.run.logs / "gateway.log"
-        self.supervisor.add(Child("gateway", [sys.executable, "-m", "buffer.main", str(self.run.path)], output))
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not endpoint_file(self.run).exists() or endpoint_file(self.run).stat().st_mtime_ns == old:
-            gateway = self.supervisor.children["gateway"]
-            if not gateway.running or time.monotonic() > deadline:
-                self.supervisor.stop()
-                raise GatewayUnreachable(
-                    f"the gateway did not start:\n{last_lines(output)}", rule="it writes gateway.json when it listens"
-                )
-            time.sleep(0.02)
+        start_gateway(self.run, self.supervisor)
 
     def start_cluster(self, address: str = "") -> None:
         """Starts a local Ray, or joins the cluster at ``address``. Takes about eight seconds.
@@ -157,6 +146,26 @@ class LocalRun:
         self._lock.close()
 
 
+def start_gateway(run: RunFolder, supervisor: Supervisor) -> None:
+    """Adds the gateway to the supervisor's children and waits until robots can connect.
+
+    Raises:
+        GatewayUnreachable: It did not come up; its last words are in the error. All children are stopped.
+    """
+    old = endpoint_file(run).stat().st_mtime_ns if endpoint_file(run).exists() else 0
+    output = run.logs / "gateway.log"
+    supervisor.add(Child("gateway", [sys.executable, "-m", "buffer.main", str(run.path)], output))
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not endpoint_file(run).exists() or endpoint_file(run).stat().st_mtime_ns == old:
+        gateway = supervisor.children["gateway"]
+        if not gateway.running or time.monotonic() > deadline:
+            supervisor.stop()
+            raise GatewayUnreachable(
+                f"the gateway did not start:\n{last_lines(output)}", rule="it writes gateway.json when it listens"
+            )
+        time.sleep(0.02)
+
+
 def describe_learner(status: Any) -> dict[str, Any]:
     """What people want to know of a ``learner.cluster.LearnerStatus``, as plain data."""
     progress = status.progress
@@ -210,7 +219,12 @@ def up(source: Path, overrides: list[str], *, resume: bool, runs: Path, address:
     print(f"stopped. Go on with: fleet up {run.path} --resume", flush=True)
 
 
-def _lock(run: RunFolder) -> IO[str]:
+def lock_run(run: RunFolder) -> IO[str]:
+    """Held while a process serves the run; to be closed.
+
+    Raises:
+        RunFolderError: Another process holds it.
+    """
     file = (run.path / "run.lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,31 +1,20 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with the named extras and marks it ready: setup.sh FOLDER MARK EXTRAS
-# PYTHON=/path/to/python chooses the interpreter; else the first of python3.11, python3.12, python3.13, python3 that is >= 3.11.
+# PYTHON=/path/to/python chooses the interpreter, else find_python.sh does. LEAST_PYTHON (3.11) and CONSTRAINTS
+# (constraints/main.txt) are for environments that differ from the usual one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$1 mark=$2 extras=$3
+least=${LEAST_PYTHON:-3.11} constraints=${CONSTRAINTS:-constraints/main.txt}
 
-usable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
-
-find_python() {
-    local name path
-    for name in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
-        # A pyenv shim may stand on PATH for a version that is not active: type -a shows what lies behind it.
-        while read -r path; do
-            if usable "$path"; then echo "$path"; return; fi
-        done < <(type -aP "$name" 2>/dev/null || true)
-    done
-    echo "Python 3.11 or newer is needed; none of these is: ${PYTHON:-python3.11 python3.12 python3.13 python3} (python3 is $(python3 --version 2>&1 || echo missing))." >&2
-    echo "Install it (Debian: apt-get install python3.11 python3.11-venv), or name one: make ... PYTHON=/path/to/python" >&2
-    return 1
-}
+usable() { PYTHON=$1 tools/find_python.sh "$least" >/dev/null 2>&1; }
 
 if [ -x "$venv/bin/python" ] && ! usable "$venv/bin/python"; then
-    echo "setup  $venv has an interpreter that does not run or is older than 3.11: making it anew"
+    echo "setup  $venv has an interpreter that does not run or is older than $least: making it anew"
     rm -rf "$venv"
 fi
 if [ ! -x "$venv/bin/python" ]; then
-    python=$(find_python)
+    python=$(tools/find_python.sh "$least")
     echo "setup  $venv with $("$python" --version)"
     if ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
         version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -38,7 +27,7 @@ echo "setup  installing .[$extras] (a few minutes the first time)"
 start=$SECONDS
 log=$venv/setup-$mark.log
 # The log has everything; of it the large downloads and the installation itself are shown.
-"$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar=off -c constraints/main.txt -e ".[$extras]" 2>&1 |
+"$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar=off -c "$constraints" -e ".[$extras]" 2>&1 |
     tee "$log" |
     awk '/^ *(Downloading|Using cached|Processing) .*\([0-9.]+ MB\)/ { size = $NF == "MB)" ? substr($(NF-1), 2) + 0 : 0
              if (size >= 15) { print "setup    " $1, $2, $(NF-1), $NF; fflush() } }

@@ -1,147 +1,383 @@
-"""Where every step of the log lies: growable numpy arrays, so that a batch is a few fancy-indexing calls.
+"""Where every step of the log lies, and what is known of it: numpy columns by step and by fragment.
 
-No step is copied into memory. For each fragment and column the index holds the offset of the column's first value in
-its arena, a mapped segment; a row is found by arithmetic. A column that is not in the map as it must be used (another
-writer's compressed or unaligned Arrow data) gets an arena of its own.
+No observation is copied into memory. For each fragment and feature the index holds the offset of the first value in the
+mapped segment; a row is found by arithmetic. Steps, fragments and chunks have numbers that never change their meaning:
+new ones are added at the end, and when retention takes segments away, the oldest rows are let go of.
+
+Steps of a boot are linked to the one before and the one behind, across fragments in the order of ``seq``. A step is
+linked to the next frame of its episode, and an episode's newest step to the first one of a later episode; where frames
+are missing there is no link.
+
+Shape suffixes: B batch, W steps of a walk.
 """
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from buffer.reader import SegmentMap
-from fleet.record import ALIGNMENT
+from buffer.columns import Column
+from buffer.episodes import EpisodeTable
+from buffer.parts import ABSENT, IndexPart
+from fleet.batch import Within
+from fleet.robot import Source
 
-
-class Growable:
-    """A numpy array that grows at the end. ``view`` is what is there."""
-
-    def __init__(self, dtype: Any) -> None:
-        self._data = np.empty(1024, dtype)
-        self._length = 0
-
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def view(self) -> np.ndarray:
-        return self._data[: self._length]
-
-    def extend(self, values: Any, count: int) -> None:
-        """Adds ``count`` values: an array of that length, or one value for all."""
-        need = self._length + count
-        if need > len(self._data):
-            grown = np.empty(max(need, 2 * len(self._data)), self._data.dtype)
-            grown[: self._length] = self.view
-            self._data = grown
-        self._data[self._length : need] = values
-        self._length = need
+_CHUNKS_KEPT = 4096  # policy calls of a boot to which later steps may refer
 
 
-class Arenas:
-    """Byte arrays that columns lie in: the mapped segments, and copies where a column cannot be used in place."""
+@dataclasses.dataclass
+class _Boot:
+    """Fragments of a (robot, boot) that have steps, in the order of seq, and its newest policy calls."""
 
-    def __init__(self) -> None:
-        self._arrays: list[np.ndarray] = []
-        self._of_segment: dict[int, int] = {}
-
-    def of_segment(self, segment: SegmentMap) -> int:
-        """The arena of a mapped segment."""
-        if segment.number not in self._of_segment:
-            self._of_segment[segment.number] = self._add(segment.bytes)
-        return self._of_segment[segment.number]
-
-    def locate(self, column: pa.Array, segment: SegmentMap, itemsize: int) -> tuple[int, int]:
-        """(arena, offset in items) of the first value of a fixed-width column, lists of fixed size included."""
-        values = column.flatten() if isinstance(column, pa.FixedSizeListArray) else column
-        data = values.buffers()[1]
-        at = data.address + values.offset * itemsize - segment.address
-        if at >= 0 and at + len(values) * itemsize <= len(segment.bytes) and at % itemsize == 0:
-            return self.of_segment(segment), at // itemsize
-        copied = np.frombuffer(data, np.uint8)[values.offset * itemsize :][: len(values) * itemsize]
-        return self._add(np.concatenate([copied, np.zeros(-len(copied) % ALIGNMENT, np.uint8)])), 0
-
-    def gather(self, arenas: np.ndarray, starts: np.ndarray, size: int, dtype: np.dtype[Any]) -> np.ndarray:
-        """Rows of ``size`` items each, from ``starts`` (in items) in their arenas: (len(starts), size)."""
-        out = np.empty((len(starts), size), dtype)
-        within = np.arange(size)
-        first = int(arenas[0])
-        if (arenas == first).all():
-            np.take(self._arrays[first].view(dtype), starts[:, None] + within, out=out, mode="clip")
-            return out
-        for arena in np.unique(arenas):
-            rows = np.flatnonzero(arenas == arena)
-            out[rows] = self._arrays[arena].view(dtype)[starts[rows, None] + within]
-        return out
-
-    def _add(self, array: np.ndarray) -> int:
-        self._arrays.append(array)
-        return len(self._arrays) - 1
+    seqs: list[int] = dataclasses.field(default_factory=list)
+    fragments: list[int] = dataclasses.field(default_factory=list)
+    chunks: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)  # chunk_id -> number, version
 
 
-class Places:
-    """For one fixed-width column: the arena and the offset of its first value, by fragment. -1 where it has none."""
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """Steps around t. steps_BW: numbers; the column ``back`` is t. inside_BW: False beyond t's border."""
 
-    def __init__(self) -> None:
-        self.arena = Growable(np.int32)
-        self.offset = Growable(np.int64)
-
-    def fill_to(self, num_fragments: int) -> None:
-        """Fragments so far that lack the column."""
-        self.arena.extend(-1, num_fragments - len(self.arena))
-        self.offset.extend(-1, num_fragments - len(self.offset))
-
-    def add(self, place: tuple[int, int]) -> None:
-        self.arena.extend(place[0], 1)
-        self.offset.extend(place[1], 1)
+    steps_BW: np.ndarray
+    inside_BW: np.ndarray
+    back: int
 
 
 class StepIndex:
-    """One row a step, in the order of the log.
+    """All steps that were read.
+
+    Args:
+        task_names: Tasks that are asked for; steps of others have task -1.
 
     Attributes:
-        fragment, row: Where the step lies.
-        next: The step that follows in the same episode under the same source, -1 where there is none (yet).
-        source, task: fleet.robot.Source; index into the task names.
-        version: Policy version behind the step, -1 for none.
+        episodes: What became of them.
+        fragment, next, prev, source, reward, flags, version, chunk: Columns by step. next, prev: -1 where there is none.
+            version: Policy version behind the step, -1 for none. chunk: number of its policy call, -1 for none.
+        first_step, num_steps, episode, first_frame, task, arena, chunks_at, chunks_length: Columns by fragment; the last
+            three count in the arena of the segment.
+        places, offsets: Columns by fragment for each feature.
+        chunk_fragment, chunk_row: Columns by policy call.
+        pools: (source, task) -> numbers of steps of tasks that are asked for.
     """
 
-    def __init__(self) -> None:
-        self.fragment = Growable(np.int32)
-        self.row = Growable(np.int32)
-        self.next = Growable(np.int64)
-        self.source = Growable(np.uint8)
-        self.task = Growable(np.int16)
-        self.version = Growable(np.int64)
+    def __init__(self, task_names: Sequence[str]) -> None:
+        self.task_names = tuple(task_names)
+        self._task_numbers = {name: i for i, name in enumerate(self.task_names)}
+        self.episodes = EpisodeTable()
+        self.fragment, self.next, self.prev = Column(np.int32), Column(np.int64), Column(np.int64)
+        self.source, self.reward, self.flags = Column(np.uint8), Column(np.float32), Column(np.uint8)
+        self.version, self.chunk = Column(np.int64), Column(np.int64)
+        self.first_step, self.num_steps = Column(np.int64), Column(np.int32)
+        self.episode, self.first_frame = Column(np.int32), Column(np.int32)
+        self.task, self.arena = Column(np.int32), Column(np.int32)
+        self.chunks_at, self.chunks_length = Column(np.int64), Column(np.int64)
+        self.places: dict[str, Column] = {}
+        self.offsets: dict[str, Column] = {}
+        self.chunk_fragment, self.chunk_row = Column(np.int32), Column(np.int32)
+        self.pools: dict[tuple[int, int], Column] = {}
+        self.newest_version = -1
+        self.skipped_steps = 0
+        self._boots: dict[tuple[str, str], _Boot] = {}
+        self._dropped: list[tuple[int, int]] = []
 
-    def __len__(self) -> int:
-        return len(self.fragment)
+    @property
+    def num_fragments(self) -> int:
+        """Fragments read so far, retired ones included: the number that the next one gets."""
+        return self.num_steps.end
 
-    def add(self, fragment: int, source: np.ndarray, task: int, version: np.ndarray) -> int:
-        """Adds a run of steps of one episode; returns the index of the first."""
-        first, count = len(self), len(source)
-        following = np.arange(first + 1, first + count + 1)
-        following[-1] = -1
-        following[:-1][source[1:] != source[:-1]] = -1
-        self.fragment.extend(fragment, count)
-        self.row.extend(np.arange(count), count)
+    @property
+    def end(self) -> int:
+        """Steps read so far, retired ones included: the number that the next one gets."""
+        return self.fragment.end
+
+    @property
+    def num_drawable(self) -> int:
+        """Steps of the tasks that are asked for."""
+        return sum(len(pool.view) for pool in self.pools.values())
+
+    def task_number(self, name: str) -> int:
+        """Index of a task among those that are asked for, else -1."""
+        return self._task_numbers.get(name, -1)
+
+    def take_in(self, part: IndexPart, arena: int, usable: np.ndarray) -> None:
+        """Adds all fragments of a part.
+
+        Args:
+            part: Of the segment that ``arena`` names.
+            usable: By fragment, False for one whose steps are to be left out.
+        """
+        first_fragment, first_step = self.num_fragments, self.end
+        tasks = np.array([*(self.task_number(name) for name in part.tasks), -1], np.int32)[part.fragments["task"]]
+        num_steps = np.where(usable, part.fragments["num_steps"], 0)
+        self._add_fragments(part, arena, tasks, num_steps, first_step)
+        of_step = np.repeat(np.arange(part.num_fragments), part.fragments["num_steps"])
+        kept = usable[of_step]
+        everything = bool(kept.all())
+        steps = part.steps if everything else {name: values[kept] for name, values in part.steps.items()}
+        of_step = of_step if everything else of_step[kept]
+        self._add_steps(steps, of_step, num_steps, first_fragment)
+        self._add_pools(steps["source"], tasks[of_step], first_step)
+        self._join(part, steps, tasks, num_steps, first_fragment, first_step)
+        self.skipped_steps += int(num_steps[tasks < 0].sum())
+
+    def _add_fragments(self, part: IndexPart, arena: int, tasks: np.ndarray, num_steps: np.ndarray, first_step: int) -> None:
+        count, before = part.num_fragments, self.num_fragments
+        self.first_step.extend(first_step + np.cumsum(num_steps) - num_steps, count)
+        self.num_steps.extend(num_steps, count)
+        self.first_frame.extend(part.fragments["first_frame"], count)
+        self.episode.extend(-1, count)
+        self.task.extend(tasks, count)
+        self.arena.extend(arena, count)
+        self.chunks_at.extend(part.fragments["chunks_at"], count)
+        self.chunks_length.extend(part.fragments["chunks_length"], count)
+        for columns, values in ((self.places, part.places), (self.offsets, part.offsets)):
+            for name, at in values.items():
+                column = columns.setdefault(name, Column(np.int64, ABSENT))
+                column.extend_to(before)
+                column.extend(at, count)
+
+    def _add_steps(
+        self, steps: Mapping[str, np.ndarray], of_step: np.ndarray, num_steps: np.ndarray, first_fragment: int
+    ) -> None:
+        """Links within the fragments; those across them follow."""
+        count, first = len(of_step), self.end
+        numbers = np.arange(first, first + count)
+        following, before = numbers + 1, numbers - 1
+        ends = np.cumsum(num_steps)[num_steps > 0]
+        following[ends - 1] = -1
+        before[ends - num_steps[num_steps > 0]] = -1
+        self.fragment.extend(first_fragment + of_step, count)
         self.next.extend(following, count)
-        self.source.extend(source, count)
-        self.task.extend(task, count)
-        self.version.extend(version, count)
-        return first
+        self.prev.extend(before, count)
+        for name in ("source", "reward", "flags"):
+            getattr(self, name).extend(steps[name], count)
 
-    def windows(self, starts: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
-        """Steps of the windows that begin at ``starts`` (B,): (B, H) indices and mask; the last step is repeated."""
-        steps = np.empty((len(starts), horizon), np.int64)
-        mask = np.ones((len(starts), horizon), bool)
-        following = self.next.view
-        steps[:, 0] = starts
-        for h in range(1, horizon):
-            after = following[steps[:, h - 1]]
-            mask[:, h] = (after >= 0) & mask[:, h - 1]
-            steps[:, h] = np.where(mask[:, h], after, steps[:, h - 1])
-        return steps, mask
+    def _add_pools(self, source: np.ndarray, task: np.ndarray, first: int) -> None:
+        keys = source.astype(np.int64) * (len(self.task_names) + 1) + task + 1
+        for key in np.unique(keys).tolist():
+            number = key % (len(self.task_names) + 1) - 1
+            if number >= 0:
+                members = np.flatnonzero(keys == key) + first
+                pool = self.pools.setdefault((key // (len(self.task_names) + 1), number), Column(np.int64))
+                pool.extend(members, len(members))
+
+    def _join(
+        self,
+        part: IndexPart,
+        steps: Mapping[str, np.ndarray],
+        tasks: np.ndarray,
+        num_steps: np.ndarray,
+        first_fragment: int,
+        first_step: int,
+    ) -> None:
+        """Fragment by fragment: episodes, links to the boot's other fragments, versions of its steps."""
+        rows, chunks, runs = _rows_by_fragment(part), _Chunks(part), _Runs(steps, num_steps)
+        version, chunk = np.full(len(steps["source"]), -1), np.full(len(steps["source"]), -1)
+        operator = np.cumsum([0, *(steps["source"] == Source.OPERATOR)]).tolist()
+        columns = (part.fragments[name].tolist() for name in ("boot", "seq", "episode_id", "first_frame"))
+        at = 0
+        for i, (boot_index, seq, episode_id, first_frame) in enumerate(zip(*columns, strict=True)):
+            key, count, fragment = part.boots[boot_index], int(num_steps[i]), first_fragment + i
+            boot = self._boots.setdefault(key, _Boot())
+            for table, row in rows.get(i, ()):
+                if table == "labels":
+                    self.episodes.add_label(row, 0)
+                else:
+                    self.episodes.add_row(key, row, self.task_number(row["task"]))
+            self._add_chunks(boot, fragment, chunks.of_fragment(i))
+            if not count:
+                continue
+            episode = self.episodes.number((*key, episode_id))
+            self.episode[fragment] = episode
+            num_operator, last_frame = operator[at + count] - operator[at], first_frame + count - 1
+            self.episodes.add_steps(episode, int(tasks[i]), first_step + at, count, last_frame, num_operator)
+            for start, end, chunk_id, source in runs.of_fragment(i):
+                known = boot.chunks.get(chunk_id)
+                if known is not None:
+                    chunk[start:end], version[start:end] = known
+                    self.newest_version = max(self.newest_version, known[1])
+                    if source == Source.POLICY:
+                        self.episodes.add_version(episode, known[1])
+            self._insert(boot, seq, fragment)
+            at += count
+        self.version.extend(version, len(version))
+        self.chunk.extend(chunk, len(chunk))
+
+    def _add_chunks(self, boot: _Boot, fragment: int, chunks: list[tuple[int, int, int]]) -> None:
+        for row, chunk_id, version in chunks:
+            boot.chunks[chunk_id] = (self.chunk_row.end, version)
+            self.chunk_fragment.extend(fragment, 1)
+            self.chunk_row.extend(row, 1)
+        while len(boot.chunks) > _CHUNKS_KEPT:
+            del boot.chunks[next(iter(boot.chunks))]
+
+    def _insert(self, boot: _Boot, seq: int, fragment: int) -> None:
+        """Links a fragment to its neighbours in its boot."""
+        at = len(boot.seqs) if not boot.seqs or seq > boot.seqs[-1] else bisect.bisect(boot.seqs, seq)
+        boot.seqs.insert(at, seq)
+        boot.fragments.insert(at, fragment)
+        if at > 0:
+            self._link(boot.fragments[at - 1], fragment)
+        if at + 1 < len(boot.fragments):
+            self._link(fragment, boot.fragments[at + 1])
+
+    def _link(self, earlier: int, later: int) -> None:
+        """Joins two neighbouring fragments of a boot where the steps follow each other."""
+        end, start = self.first_step[earlier] + self.num_steps[earlier] - 1, self.first_step[later]
+        frame = self.first_frame[later]
+        same = self.episode[earlier] == self.episode[later]
+        joined = frame == self.first_frame[earlier] + self.num_steps[earlier] if same else frame == 0
+        self.next[end] = start if joined else -1
+        self.prev[start] = end if joined else -1
+
+    def drop(self, first: int, end: int) -> None:
+        """Takes the fragments from ``first`` up to ``end`` out: their steps are not drawn any more. In proportion to all."""
+        steps = range(int(self.first_step[first]), int(self.first_step[end]) if end < self.num_fragments else self.end)
+        for pool in self.pools.values():
+            pool.keep((pool.view < steps.start) | (pool.view >= steps.stop))
+        for boot in self._boots.values():
+            kept = [(seq, f) for seq, f in zip(boot.seqs, boot.fragments, strict=True) if not first <= f < end]
+            if len(kept) < len(boot.seqs):
+                boot.seqs, boot.fragments = [seq for seq, _ in kept], [f for _, f in kept]
+                self._relink(boot)
+        self._dropped.append((first, end))
+        self._release()
+
+    def _relink(self, boot: _Boot) -> None:
+        for earlier, later in itertools.pairwise(boot.fragments):
+            self._link(earlier, later)
+        if boot.fragments:
+            first, last = boot.fragments[0], boot.fragments[-1]
+            self.prev[self.first_step[first]] = -1
+            self.next[self.first_step[last] + self.num_steps[last] - 1] = -1
+
+    def _release(self) -> None:
+        """Lets go of the oldest fragments where all of them were taken out."""
+        released = self.num_steps.first
+        for first, end in sorted(self._dropped):
+            if first == released:
+                released = end
+        if released == self.num_steps.first:
+            return
+        self._dropped = [(first, end) for first, end in self._dropped if first >= released]
+        first_step = int(self.first_step[released]) if released < self.num_fragments else self.end
+        first_chunk = self.chunk_fragment.first + int(np.searchsorted(self.chunk_fragment.view, released))
+        for column in (self.chunk_fragment, self.chunk_row):
+            column.release(first_chunk)
+        for column in (self.fragment, self.next, self.prev, self.source, self.reward, self.flags, self.version, self.chunk):
+            column.release(first_step)
+        by_fragment = (self.first_step, self.num_steps, self.episode, self.first_frame, self.task, self.arena)
+        places = (*self.places.values(), *self.offsets.values())
+        for column in (*by_fragment, self.chunks_at, self.chunks_length, *places):
+            column.extend_to(min(released, self.num_fragments))
+            column.release(released)
+
+    def places_of(self, name: str, fragments: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Offsets of a feature's first value in each fragment, ABSENT where there is none; and of an encoded one's offsets."""
+        found = []
+        for columns in (self.places, self.offsets):
+            if name in columns:
+                columns[name].extend_to(self.num_fragments)
+            found.append(columns[name][fragments] if name in columns else None)
+        at = np.full(len(fragments), ABSENT) if found[0] is None else found[0]
+        return at, found[1]
+
+    def steps_of(self, episode: int) -> np.ndarray:
+        """Numbers of the steps of an episode that are there, in order."""
+        boot = self._boots.get(self.episodes.keys[episode][:2], _Boot())
+        mine = [f for f in boot.fragments if self.episode[f] == episode]
+        spans = [np.arange(self.first_step[f], self.first_step[f] + self.num_steps[f]) for f in mine]
+        return np.concatenate([np.empty(0, np.int64), *spans])
+
+    def chunks_of(self, steps: np.ndarray) -> np.ndarray:
+        """Where the policy call behind each step lies: (N, 4) arena, offset, length, row; arena -1 where there is none."""
+        found = np.full((len(steps), 4), -1, np.int64)
+        chunk = self.chunk[steps]
+        there = chunk >= self.chunk_row.first if self.chunk_row.end else np.zeros(len(steps), bool)
+        there &= chunk >= 0
+        chunk = chunk[there]
+        fragment = self.chunk_fragment[chunk]
+        columns = (self.arena[fragment], self.chunks_at[fragment], self.chunks_length[fragment], self.chunk_row[chunk])
+        found[there] = np.stack(columns, 1)
+        return found
+
+    def frame(self, steps: np.ndarray) -> np.ndarray:
+        """frame_index of steps."""
+        fragments = self.fragment[steps]
+        frames: np.ndarray = self.first_frame[fragments] + self.row(steps, fragments)
+        return frames
+
+    def row(self, steps: np.ndarray, fragments: np.ndarray) -> np.ndarray:
+        """Rows of steps in their fragments."""
+        rows: np.ndarray = steps - self.first_step[fragments]
+        return rows
+
+    def walk(self, steps_B: np.ndarray, back: int, forward: int, within: Within) -> Walk:
+        """Steps from ``back`` before to ``forward`` behind each of ``steps_B``.
+
+        Beyond the border the last step inside of it is repeated. With BOOT the boot's real steps go on, and ``inside`` is
+        False in other episodes than t's.
+        """
+        steps_BW = np.empty((len(steps_B), back + 1 + forward), np.int64)
+        inside_BW = np.ones(steps_BW.shape, bool)
+        steps_BW[:, back] = steps_B
+        episode_B, source_B = self.episode[self.fragment[steps_B]], self.source[steps_B]
+        for link, order in ((self.next, range(back + 1, back + 1 + forward)), (self.prev, range(back - 1, -1, -1))):
+            now_B, inside_B = steps_B, np.ones(len(steps_B), bool)
+            for w in order:
+                then_B = link[now_B]
+                exists_B = then_B >= 0
+                then_B = np.where(exists_B, then_B, now_B)
+                inside_B = inside_B & exists_B & (self.episode[self.fragment[then_B]] == episode_B)
+                if within is Within.SOURCE:
+                    inside_B &= self.source[then_B] == source_B
+                now_B = then_B if within is Within.BOOT else np.where(inside_B, then_B, now_B)
+                steps_BW[:, w], inside_BW[:, w] = now_B, inside_B
+        return Walk(steps_BW, inside_BW, back)
+
+
+class _Runs:
+    """Runs of steps of a fragment that one policy call proposed and one source acted in, as plain numbers."""
+
+    def __init__(self, steps: Mapping[str, np.ndarray], num_steps: np.ndarray) -> None:
+        chunk_id, source, ends = steps["chunk_id"], steps["source"], np.cumsum(num_steps)
+        starts = np.zeros(len(chunk_id), bool)
+        starts[(ends - num_steps)[num_steps > 0]] = True
+        starts[1:] |= (chunk_id[1:] != chunk_id[:-1]) | (source[1:] != source[:-1])
+        first = np.flatnonzero(starts)
+        self._first = [*first.tolist(), len(chunk_id)]
+        self._chunk_id, self._source = chunk_id[first].tolist(), source[first].tolist()
+        self._begin = np.searchsorted(first, ends - num_steps).tolist()
+        self._end = np.searchsorted(first, ends).tolist()
+
+    def of_fragment(self, fragment: int) -> Iterator[tuple[int, int, int, int]]:
+        """(first step, end, chunk_id, source)."""
+        for n in range(self._begin[fragment], self._end[fragment]):
+            if self._chunk_id[n] >= 0:
+                yield self._first[n], self._first[n + 1], self._chunk_id[n], self._source[n]
+
+
+class _Chunks:
+    """Policy calls of each fragment, as plain numbers."""
+
+    def __init__(self, part: IndexPart) -> None:
+        columns = (part.chunks[name].tolist() for name in ("row", "chunk_id", "version"))
+        self._rows = list(zip(*columns, strict=True))
+        self._begin = np.searchsorted(part.chunks["fragment"], np.arange(part.num_fragments + 1)).tolist()
+
+    def of_fragment(self, fragment: int) -> list[tuple[int, int, int]]:
+        """(row, chunk_id, version)."""
+        return self._rows[self._begin[fragment] : self._begin[fragment + 1]]
+
+
+def _rows_by_fragment(part: IndexPart) -> dict[int, list[tuple[str, dict[str, Any]]]]:
+    found: dict[int, list[tuple[str, dict[str, Any]]]] = {}
+    for name, table in (("episodes", part.episodes), ("labels", part.labels)):
+        for row in table.to_pylist():
+            found.setdefault(row["fragment"], []).append((name, row))
+    return found

@@ -34,7 +34,7 @@ class SegmentMap:
     """
 
     def __init__(self, name: SegmentName, data: mmap.mmap) -> None:
-        self.number = name.number
+        self.name, self.number = name, name.number
         self.data = data
         self.buffer = pa.py_buffer(data)
         self.bytes = np.frombuffer(data, np.uint8, len(data) - len(data) % ALIGNMENT)
@@ -115,6 +115,10 @@ class LogReader:
         place = self._first()
         return place.name if place is not None and not place.at and place.is_sealed() else None
 
+    def opened(self, name: SegmentName) -> tuple[SegmentMap | None, int]:
+        """The segment that ``next_sealed`` named, None where the file is empty, and its length."""
+        return self._open[name.number].whole
+
     def pass_over(self, name: SegmentName, num_records: int) -> None:
         """Takes the segment that ``next_sealed`` named as read."""
         self.num_records += num_records
@@ -193,7 +197,7 @@ class _OpenSegment:
     def __init__(self, name: SegmentName, state_fd: int, state: SegmentState) -> None:
         self.name, self.at = name, 0
         self._state_fd, self._state = state_fd, state
-        self._map = _map(name)
+        self._map = map_segment(name)
 
     @classmethod
     def open(cls, name: SegmentName, length: int | None) -> _OpenSegment | None:
@@ -217,6 +221,11 @@ class _OpenSegment:
             raise
 
     @property
+    def whole(self) -> tuple[SegmentMap | None, int]:
+        """All of the segment, and its committed length."""
+        return self._map, self._state.length
+
+    @property
     def is_at_end(self) -> bool:
         return self.at == self._state.length
 
@@ -237,7 +246,7 @@ class _OpenSegment:
                 if isinstance(item, Damage):
                     reader.damaged.append((self.name.number, item))
                 elif item.kind == KIND_FRAGMENT:
-                    found.append(_log_record(item, self._map))
+                    found.append(log_record(item, self._map))
         self.at = length
         return ended
 
@@ -247,7 +256,7 @@ class _OpenSegment:
             self._state_fd = -1
 
 
-def _map(name: SegmentName) -> SegmentMap | None:
+def map_segment(name: SegmentName) -> SegmentMap | None:
     """All of a segment; it has its full size from the start. None where it is empty."""
     with name.path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
@@ -255,7 +264,8 @@ def _map(name: SegmentName) -> SegmentMap | None:
         return SegmentMap(name, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _log_record(record: Record, segment: SegmentMap) -> LogRecord:
+def log_record(record: Record, segment: SegmentMap) -> LogRecord:
+    """A scanned record of a mapped segment as what it stores."""
     key: dict[str, Any] = record.key
     return LogRecord(
         robot_id=key["robot"],

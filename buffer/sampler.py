@@ -1,87 +1,93 @@
 """From the log to a batch: follows the committed fragments and draws windows of steps. Needs no server.
 
-A window starts at any step t and holds the actions of t .. t+H-1, as long as they belong to the same episode, follow
-each other without a gap and have the same source: the window of an operator's step never crosses a takeover. Behind
-that the mask is False and the last valid action is repeated. An episode that still goes on is sampled as it is: a
-window at its newest steps is shorter until the rest arrives.
+    poll      takes in what was committed since the last call, from the segments' index sidecars where there are any
+    draw      decides which windows a batch is made of, by the rules of ``BatchNeeds``: cheap, numbers only
+    gather    reads them out of the segments: heavy, and may run in other threads meanwhile
 
-Shape suffixes: B batch, H actions in a window, A action dims.
+A draw is a function of (seed, step, position in the log, what was fed back, the newest release), however the log was
+read: at once or in bits, from sidecars or from the fragments, in whichever process. (Retention changes the log: a sampler
+that saw it happen has the same steps in another order than one that began later.) An episode that still goes on is
+sampled as it is: a window at its newest steps is shorter until the rest arrives.
+
+Shape suffixes: B batch, H actions in a window, W steps of a walk.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from buffer.index import Arenas, Growable, Places, StepIndex
+from buffer import sidecar
+from buffer.arena import Arena, Residency
+from buffer.draw import draw_windows
+from buffer.gather import Allocate, Draw, ImageCache, Read, gather
+from buffer.index import StepIndex
 from buffer.ingest import latencies_ms
 from buffer.log import load_spec
-from buffer.reader import LogReader, LogRecord
+from buffer.parts import ABSENT, TERMINATED, TRUNCATED, IndexPart, PartBuilder, rewritten
+from buffer.reader import LogReader, LogRecord, SegmentMap
+from buffer.returns import Returns
 from fleet.batch import BatchNeeds, Windows
-from fleet.errors import FleetError, NoData, SpecError
-from fleet.images import decode
+from fleet.errors import FleetError, FragmentRefused, SpecError
 from fleet.journal import Journal
 from fleet.robot import Source
-from fleet.schema import Fragment, decode_fragment
+from fleet.schema import decode_fragment
 from fleet.spec import ACTION, Feature, RobotSpec
 
-_CHUNKS_KEPT = 4096  # policy calls of a boot whose version is remembered
-
-
-@dataclasses.dataclass
-class _Boot:
-    """The newest step of a (robot, boot), to which the next fragment may be joined, and versions by chunk."""
-
-    episode_id: int = -1
-    frame: int = -1
-    source: int = -1
-    step: int = -1
-    versions: dict[int, int] = dataclasses.field(default_factory=dict)
+MAPPED_BYTES = 2 << 30  # resident pages of the maps before they are handed back
 
 
 class Sampler:
-    """One reader of a log. Not for several threads at once.
+    """One reader of a log. ``gather`` may be called from any thread, everything else from one.
 
     Args:
         folder: The run's buffer folder.
         task_names: Tasks whose steps are sampled; ``Windows.task_B`` counts in this order. Others are skipped.
-        seed: A batch is a function of (seed, step, position in the log).
+        seed: Of all draws.
         journal: Where ``sampleable`` lines go.
-        by_task: Within a group of sources each task that has data gets the same weight (SOP's 1/M); False: each step.
+        cache: Decoded images; None: each image is decoded whenever it is drawn.
+        mapped_bytes: Bound of what mapped segments make resident.
 
     Attributes:
-        skipped_steps: Steps of other tasks.
+        index: What is known of all steps; ``index.episodes`` of all episodes.
         skipped_fragments: Fragments that could not be read, by the error's code.
     """
 
     def __init__(
-        self, folder: Path, task_names: Sequence[str], seed: int, journal: Journal | None = None, *, by_task: bool = True
+        self,
+        folder: Path,
+        task_names: Sequence[str],
+        seed: int,
+        journal: Journal | None = None,
+        *,
+        cache: ImageCache | None = None,
+        mapped_bytes: int = MAPPED_BYTES,
     ) -> None:
-        self._reader, self._folder = LogReader(folder), folder
-        self._task_names, self._seed, self._journal, self._by_task = tuple(task_names), seed, journal, by_task
-        self._task_index = {name: i for i, name in enumerate(self._task_names)}
-        self._index, self._arenas = StepIndex(), Arenas()
-        self._places: dict[str, Places] = {}
-        self._encoded: dict[str, dict[int, pa.Array]] = {}
+        self._folder, self._seed, self._journal, self._cache = folder, seed, journal, cache
+        self._reader = LogReader(folder, replacements=True)
+        self._labels = LogReader(folder / "labels")
+        self.index = StepIndex(task_names)
+        self._residency = Residency(mapped_bytes)
+        self._arenas: tuple[Arena, ...] = ()
+        self._segments: dict[int, _Taken] = {}
+        self._replaced: set[int] = set()
         self._specs: dict[str, RobotSpec] = {}
-        self._boots: dict[tuple[str, str], _Boot] = {}
-        self._pools: dict[tuple[int, int], Growable] = {}
-        self._num_fragments = 0
-        self.skipped_steps = 0
+        self._features: dict[str, Feature] = {}
+        self._returns: dict[float, Returns] = {}
+        self._num_damaged = self._num_new = 0
+        self._caught_up = False  # once, with all that there was
         self.skipped_fragments: dict[str, int] = {}
 
     @property
     def position(self) -> int:
-        """Fragments read: the position in the log on which ``batch`` depends."""
-        return self._reader.num_records
+        """Fragments read, of the log and of its labels: the position on which a draw depends."""
+        return self._reader.num_records + self._labels.num_records
 
     @property
     def specs(self) -> list[RobotSpec]:
@@ -89,195 +95,292 @@ class Sampler:
         return list(self._specs.values())
 
     @property
+    def skipped_steps(self) -> int:
+        """Steps of other tasks."""
+        return self.index.skipped_steps
+
+    @property
     def damaged(self) -> int:
         """Places in the log that could not be read."""
-        return len(self._reader.damaged)
+        return len(self._reader.damaged) + self._num_damaged
 
     def poll(self, limit: int | None = None) -> int:
-        """Takes in what was committed since the last call, at most ``limit`` fragments; returns the number of new steps."""
-        before = len(self._index)
-        for record in self._reader.poll(limit):
-            try:
-                fragment = decode_fragment(record.tables, record.payload)
-                spec = self._spec(record.spec_hash)
-            except FleetError as error:  # checked at ingest: only a damaged disk or spec file brings us here
-                self.skipped_fragments[error.code] = self.skipped_fragments.get(error.code, 0) + 1
-                continue
-            self._add(record, fragment, spec)
-        return len(self._index) - before
+        """Takes in what was committed since the last call, and the labels.
+
+        Args:
+            limit: At most so many fragments; then sidecars are not used.
+
+        Returns:
+            The number of new steps of the tasks that are asked for; what retention wrote anew is not new.
+        """
+        before = self._num_new
+        while limit is None and (name := self._reader.next_sealed()) is not None:
+            self._drop(self._reader.take_retired())
+            segment, length = self._reader.opened(name)
+            part = sidecar.load(name, length)
+            if segment is None or part is None:
+                records, damaged = ([], 0) if segment is None else sidecar.records_of(segment, length)
+                self._take_records(records, say=self._caught_up)
+                self._num_damaged += damaged
+                self._reader.pass_over(name, len(records))
+            else:
+                self._take_part(part, segment, say=self._caught_up)
+                self._num_damaged += part.num_damaged
+                self._reader.pass_over(name, part.num_records)
+        records = self._reader.poll(limit)
+        self._drop(self._reader.take_retired())
+        self._take_records(records, say=True)
+        self._take_labels()
+        self._caught_up = self._caught_up or limit is None
+        return self._num_new - before
 
     def num_steps(self, source: Source | None = None) -> int:
         """Steps that can be drawn, of one source or of all."""
-        return sum(len(pool) for (s, _), pool in self._pools.items() if source is None or s == source)
+        return sum(len(pool.view) for (s, _), pool in self.index.pools.items() if source is None or s == source)
 
-    def batch(self, needs: BatchNeeds, step: int) -> Windows:
-        """One batch, a copy that the caller owns.
+    def batch(self, needs: BatchNeeds, step: int, newest_version: int = -1) -> Windows:
+        """``draw`` and ``gather`` in one."""
+        return self.gather(self.draw(needs, step, newest_version))
+
+    def draw(self, needs: BatchNeeds, step: int, newest_version: int = -1) -> Draw:
+        """Decides which windows the batch of a step is made of.
+
+        Args:
+            newest_version: Newest release, for ``Filter.max_version_age``; -1: the newest one behind a step of the log.
 
         Raises:
-            NoData: There is no step of the sources that ``needs`` names.
+            NoData: There is no step of the sources that ``needs`` names, or none passes its filter.
             SpecError: Robots of this log do not have the observations that ``needs`` names, or not in one shape.
         """
-        starts = self._draw(needs, np.random.default_rng([self._seed, step]))
-        features = {name: self._feature(name) for name in needs.observations}
-        steps, mask = self._index.windows(starts, needs.horizon)
-        action = self._feature(ACTION)
-        actions = self._gather(ACTION, action, steps.reshape(-1))
-        return Windows(
-            obs={name: self._gather(name, feature, starts) for name, feature in features.items()},
-            actions_BHA=actions.reshape(len(starts), needs.horizon, action.size),
-            mask_BH=mask,
-            source_B=self._index.source.view[starts],
-            task_B=self._index.task.view[starts].astype(np.int64),
-            version_B=self._index.version.view[starts],
-        )
+        names = set(needs.filter.tasks or self.index.task_names)
+        tasks = {number for number, name in enumerate(self.index.task_names) if name in names}
+        pools = {key: pool.view for key, pool in self.index.pools.items() if key[1] in tasks}
+        accept = self._filter(needs, max(newest_version, self.index.newest_version) if newest_version < 0 else newest_version)
+        steps_B = draw_windows(pools, needs, accept, None, np.random.default_rng([self._seed, step]))
+        return self._windows(steps_B, needs, step)
+
+    def gather(self, draw: Draw, out: Allocate | None = None) -> Windows:
+        """Reads the windows of a draw. From any thread, also while others poll and draw.
+
+        Args:
+            out: Gives the arrays for observations and actions; None: new ones.
+
+        Raises:
+            StorageError: The disk cannot be read, or an image in the log cannot be decoded.
+        """
+        return gather(draw, out or (lambda _, shape, dtype: np.empty(shape, dtype)), self._cache, self._residency)
+
+    def windows_of(self, episodes: Sequence[int], needs: BatchNeeds, stride: int = 1) -> Draw:
+        """All windows at every ``stride``-th frame of these episodes (``index.episodes``), in order."""
+        steps = [self.index.steps_of(number) for number in episodes]
+        every = [s[self.index.frame(s) % stride == 0] for s in steps]
+        return self._windows(np.concatenate([np.empty(0, np.int64), *every]), needs, -1)
 
     def close(self) -> None:
         self._reader.close()
+        self._labels.close()
 
-    def _spec(self, spec_hash: str) -> RobotSpec:
-        if spec_hash not in self._specs:
-            spec = load_spec(self._folder, spec_hash)
-            if spec is None:
-                raise SpecError(f"spec {spec_hash} is not in {self._folder / 'specs'}", rule="a spec is stored before its data")
-            self._specs[spec_hash] = spec
-        return self._specs[spec_hash]
+    def _take_records(self, records: Sequence[LogRecord], *, say: bool) -> None:
+        for _, of_segment in itertools.groupby(records, key=lambda record: record.segment.number):
+            run = list(of_segment)
+            segment = run[0].segment
+            builder = PartBuilder(segment.address, len(segment.bytes))
+            for record in run:
+                if not builder.add(record):
+                    self._take_part(builder.build(), segment, say=say)
+                    self._take_rewritten(record, segment, say=say)
+                    builder = PartBuilder(segment.address, len(segment.bytes))
+            self._take_part(builder.build(), segment, say=say)
+            self._residency.touched(sum(record.payload_length for record in run), self._arenas)
 
-    def _add(self, record: LogRecord, fragment: Fragment, spec: RobotSpec) -> None:
-        boot = self._boots.setdefault((record.robot_id, record.boot_id), _Boot())
-        if "chunks" in fragment.tables:
-            _remember_versions(boot, fragment.tables["chunks"])
-        steps = fragment.tables.get("steps")
-        if steps is None:
+    def _take_rewritten(self, record: LogRecord, segment: SegmentMap, *, say: bool) -> None:
+        copy = rewritten(record)
+        builder = PartBuilder(copy.payload.address, copy.payload.size)
+        builder.add(copy)
+        self._take_part(builder.build(), segment, Arena.of_buffer(copy.payload), say=say)
+
+    def _take_part(self, part: IndexPart, segment: SegmentMap, arena: Arena | None = None, *, say: bool) -> None:
+        for code, count in part.refused.items():
+            self.skipped_fragments[code] = self.skipped_fragments.get(code, 0) + count
+        if not part.num_fragments:
             return
-        task = self._task_index.get(steps.column("task")[0].as_py(), -1)
-        if task < 0:
-            self.skipped_steps += steps.num_rows
-            return
-        chunk_ids = steps.column("chunk_id").to_numpy().tolist()
-        versions = np.array([boot.versions.get(chunk, -1) for chunk in chunk_ids], np.int64)
-        source = steps.column("source").to_numpy()
-        first = self._index.add(self._num_fragments, source, task, versions)
-        self._link(boot, steps, source, first)
-        self._pool(source, task, first)
-        self._add_columns(record, steps, spec)
-        if self._journal is not None:
-            latency = latencies_ms(steps.column("time_ns").to_numpy(), time.time_ns())
-            self._journal.write("sampleable", robot=record.robot_id, boot=record.boot_id, seq=record.seq, latency_ms=latency)
+        taken = self._segments.get(segment.number)
+        if taken is None or arena is not None:
+            self._arenas = (*self._arenas, arena or Arena(segment.bytes, segment.name.path, segment.data))
+        if taken is None:
+            taken = self._segments[segment.number] = _Taken(len(self._arenas) - 1, self.index.num_fragments)
+        number = taken.arena if arena is None else len(self._arenas) - 1
+        taken.arenas.add(number)
+        before, first = self.index.num_drawable, self.index.num_fragments
+        self.index.take_in(part, number, self._usable(part))
+        taken.end = self.index.num_fragments
+        if segment.number not in self._replaced:
+            self._num_new += self.index.num_drawable - before
+        if say and self._journal is not None:
+            self._say(self._journal, part, first)
 
-    def _link(self, boot: _Boot, steps: pa.RecordBatch, source: np.ndarray, first: int) -> None:
-        episode, frame = steps.column("episode_id")[0].as_py(), steps.column("frame_index").to_numpy()
-        if (episode, frame[0], source[0]) == (boot.episode_id, boot.frame + 1, boot.source):
-            self._index.next.view[boot.step] = first
-        boot.episode_id, boot.frame, boot.source, boot.step = episode, int(frame[-1]), int(source[-1]), first + len(frame) - 1
+    def _usable(self, part: IndexPart) -> np.ndarray:
+        """By fragment, whether its spec is there."""
+        known = np.ones(len(part.specs), bool)
+        for i, spec_hash in enumerate(part.specs):
+            if spec_hash not in self._specs:
+                try:
+                    spec = load_spec(self._folder, spec_hash)
+                except FleetError:
+                    spec = None
+                known[i] = spec is not None
+                if spec is not None:
+                    self._specs[spec_hash] = spec
+                    self._features.clear()
+        usable: np.ndarray = known[part.fragments["spec"]]
+        if not usable.all():  # a spec is stored before its data: only a damaged file brings us here
+            code = SpecError.code
+            self.skipped_fragments[code] = self.skipped_fragments.get(code, 0) + int((~usable).sum())
+        return usable
 
-    def _pool(self, source: np.ndarray, task: int, first: int) -> None:
-        for value in set(source.tolist()):
-            members = np.flatnonzero(source == value) + first
-            self._pools.setdefault((value, task), Growable(np.int64)).extend(members, len(members))
+    def _say(self, journal: Journal, part: IndexPart, first: int) -> None:
+        now_ns = time.time_ns()
+        ends = np.cumsum(part.fragments["num_steps"]).tolist()
+        for i, (end, count) in enumerate(zip(ends, part.fragments["num_steps"].tolist(), strict=True)):
+            if count and self.index.task[first + i] >= 0 and self.index.num_steps[first + i]:
+                robot, boot = part.boots[part.fragments["boot"][i]]
+                latency = latencies_ms(part.steps["time_ns"][end - count : end], now_ns)
+                journal.write("sampleable", robot=robot, boot=boot, seq=int(part.fragments["seq"][i]), latency_ms=latency)
 
-    def _add_columns(self, record: LogRecord, steps: pa.RecordBatch, spec: RobotSpec) -> None:
-        for name, feature in spec.features.items():
-            column = steps.column(name)
-            if feature.codec != "raw":
-                self._encoded.setdefault(name, {})[self._num_fragments] = column
+    def _take_labels(self) -> None:
+        for record in self._labels.poll():
+            try:
+                rows = decode_fragment(record.tables, record.payload).tables["labels"].to_pylist()
+            except (FragmentRefused, KeyError) as error:
+                code = getattr(error, "code", FragmentRefused.code)
+                self.skipped_fragments[code] = self.skipped_fragments.get(code, 0) + 1
                 continue
-            places = self._places.setdefault(name, Places())
-            places.fill_to(self._num_fragments)
-            places.add(self._arenas.locate(column, record.segment, feature.np_dtype.itemsize))
-        self._num_fragments += 1
+            for row in rows:
+                self.index.episodes.add_label(row, 1)
+
+    def _drop(self, numbers: Sequence[int]) -> None:
+        """Takes out the steps of segments that retention took away; what it kept of them is read anew."""
+        for number in numbers:
+            self._replaced.add(number)
+            taken = self._segments.pop(number, None)
+            if taken is not None:
+                self.index.drop(taken.first, taken.end)
+                gone = Arena(np.empty(0, np.uint8))
+                self._arenas = tuple(gone if i in taken.arenas else arena for i, arena in enumerate(self._arenas))
+
+    def _filter(self, needs: BatchNeeds, newest_version: int) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Which steps pass; None: all."""
+        index, wanted = self.index, needs.filter
+        episodes = index.episodes
+        allowed = ~episodes.excluded.view
+        if wanted.outcomes:
+            allowed &= np.isin(episodes.outcome.view, wanted.outcomes)
+        if wanted.robots:
+            robots = [i for i, name in enumerate(episodes.robots) if name in wanted.robots]
+            allowed &= np.isin(episodes.robot.view, robots)
+        max_age = wanted.max_version_age
+        if max_age is None and allowed.all():
+            return None
+
+        def accept(steps: np.ndarray) -> np.ndarray:
+            kept: np.ndarray = allowed[index.episode[index.fragment[steps]]]
+            if max_age is not None:
+                version = index.version[steps]
+                kept = kept & ((version < 0) | (newest_version - version <= max_age))
+            return kept
+
+        return accept
+
+    def _windows(self, steps_B: np.ndarray, needs: BatchNeeds, step: int) -> Draw:
+        """What is known of the windows at these steps, and what is to be read."""
+        index, horizon = self.index, needs.horizon
+        back, forward = max(0, -min(needs.offsets)), max(horizon - 1, *needs.offsets)
+        walk = index.walk(steps_B, back, forward, needs.within)
+        window = slice(back, back + horizon)
+        steps_BH, mask_BH = walk.steps_BW[:, window], walk.inside_BW[:, window]
+        others = sorted(offset for offset in needs.offsets if offset)
+        return Draw(
+            needs=needs,
+            step=step,
+            position=self.position,
+            arenas=self._arenas,
+            facts={
+                "inside_at": {offset: walk.inside_BW[:, back + offset].copy() for offset in others},
+                "mask_BH": mask_BH.copy(),
+                **self._facts(steps_B, needs.discount),
+                **self._rewards(steps_BH, mask_BH),
+            },
+            obs=self._reads(needs.observations, steps_B),
+            obs_at={offset: self._reads(needs.observations, walk.steps_BW[:, back + offset]) for offset in others},
+            actions=self._reads((ACTION,), steps_BH)[ACTION],
+            chunks_B=index.chunks_of(steps_B),
+        )
+
+    def _rewards(self, steps_BH: np.ndarray, mask_BH: np.ndarray) -> dict[str, np.ndarray]:
+        flags_BH = np.where(mask_BH, self.index.flags[steps_BH], 0)
+        return {
+            "rewards_BH": np.where(mask_BH, self.index.reward[steps_BH], np.float32(0)),
+            "terminated_BH": (flags_BH & TERMINATED).astype(bool),
+            "truncated_BH": (flags_BH & TRUNCATED).astype(bool),
+        }
+
+    def _facts(self, steps_B: np.ndarray, discount: float) -> dict[str, Any]:
+        index, episodes = self.index, self.index.episodes
+        fragment_B = index.fragment[steps_B]
+        episode_B, frame_B = index.episode[fragment_B], index.frame(steps_B)
+        returns = self._returns.setdefault(discount, Returns(index, discount))
+        return {
+            "source_B": index.source[steps_B],
+            "task_B": index.task[fragment_B].astype(np.int64),
+            "version_B": index.version[steps_B],
+            "step_B": steps_B,
+            "episode_B": episode_B.astype(np.int64),
+            "frame_B": frame_B,
+            "steps_to_go_B": np.where(episodes.finished[episode_B], episodes.length[episode_B] - frame_B, -1),
+            "outcome_B": episodes.outcome[episode_B],
+            "return_B": returns.of(steps_B),
+            "weight_B": np.ones(len(steps_B), np.float32),
+        }
+
+    def _reads(self, names: Sequence[str], steps: np.ndarray) -> dict[str, Read]:
+        index, steps_N = self.index, steps.reshape(-1)
+        fragment_N = index.fragment[steps_N]
+        row_N, arena_N = index.row(steps_N, fragment_N), index.arena[fragment_N]
+        reads = {}
+        for name in names:
+            feature = self._feature(name)
+            at_N, offsets_at_N = index.places_of(name, fragment_N)
+            if (at_N == ABSENT).any() or (offsets_at_N is None) != (feature.codec == "raw"):
+                raise SpecError(f"steps of this log lack {name!r}", rule="fragments have the columns of their spec")
+            if offsets_at_N is None:
+                at_N = at_N + row_N * (feature.size * feature.np_dtype.itemsize)
+            else:
+                offsets_at_N = offsets_at_N + 4 * row_N
+            reads[name] = Read(feature, name, steps.shape, steps_N, arena_N, at_N, offsets_at_N)
+        return reads
 
     def _feature(self, name: str) -> Feature:
         """The feature that all specs of this log agree on."""
+        if name in self._features:
+            return self._features[name]
         features = {spec.features.get(name) for spec in self._specs.values()}
         kinds = {None if f is None else (f.dtype, f.shape, f.codec) for f in features}
-        feature = next(iter(features))
+        feature = next(iter(features), None)
         if len(kinds) != 1 or feature is None:
             raise SpecError(
                 f"feature {name!r} is {sorted(str(kind) for kind in kinds)} in this log",
                 rule="all robots of a batch have the same dtype, shape and codec of what is asked for",
                 remedy="ask for features that all robots have, or train robot types in separate runs",
             )
+        self._features[name] = feature
         return feature
 
-    def _draw(self, needs: BatchNeeds, rng: np.random.Generator) -> np.ndarray:
-        """First steps of the windows (B,)."""
-        groups = []
-        for sources, share in needs.shares.items():
-            pools = self._group(sources)
-            if pools and share > 0:
-                groups.append((pools, share))
-        if not groups:
-            have = {Source(s).name.lower(): self.num_steps(Source(s)) for s, _ in self._pools}
-            raise NoData(
-                f"no step of {[s.name.lower() for sources in needs.shares for s in sources]}; the log has {have or 'nothing'}",
-                rule="a batch needs at least one step of the sources that are asked for",
-                remedy="wait for robots or collect demonstrations",
-            )
-        counts = split_by_share(needs.batch_size, [share for _, share in groups], rng.random())
-        drawn = [self._draw_group(pools, count, rng) for (pools, _), count in zip(groups, counts, strict=True)]
-        return rng.permutation(np.concatenate(drawn))
 
-    def _group(self, sources: tuple[Source, ...]) -> list[list[np.ndarray]]:
-        """The group's steps: by task (or all in one), by source."""
-        wanted = sorted(key for key in self._pools if key[0] in sources)
-        if not self._by_task:
-            return [[self._pools[key].view for key in wanted]] if wanted else []
-        by_task = sorted(wanted, key=lambda key: key[1])
-        return [[self._pools[key].view for key in keys] for _, keys in itertools.groupby(by_task, key=lambda key: key[1])]
+@dataclasses.dataclass
+class _Taken:
+    """Fragments and arenas of a segment that was read."""
 
-    def _draw_group(self, pools: list[list[np.ndarray]], count: int, rng: np.random.Generator) -> np.ndarray:
-        numbers = np.sort(rng.integers(len(pools), size=count))
-        fractions = rng.random(count)
-        ends = np.searchsorted(numbers, np.arange(len(pools) + 1))
-        out = np.empty(count, np.int64)
-        for number in np.unique(numbers):
-            part = slice(ends[number], ends[number + 1])
-            out[part] = _pick(pools[number], fractions[part])
-        return out
-
-    def _gather(self, name: str, feature: Feature, steps: np.ndarray) -> np.ndarray:
-        fragment, row = self._index.fragment.view[steps], self._index.row.view[steps]
-        if name not in self._places:
-            return self._decode_images(name, feature, fragment, row)
-        places = self._places[name]
-        starts = places.offset.view[fragment] + row.astype(np.int64) * feature.size
-        dtype = np.dtype(np.uint8) if feature.dtype == "bool" else feature.np_dtype
-        values = self._arenas.gather(places.arena.view[fragment], starts, feature.size, dtype)
-        return values.astype(feature.np_dtype, copy=False).reshape(len(steps), *feature.shape)
-
-    def _decode_images(self, name: str, feature: Feature, fragment: np.ndarray, row: np.ndarray) -> np.ndarray:
-        columns = self._encoded[name]
-        out = np.empty((len(row), *feature.shape), feature.np_dtype)
-        for i, (f, r) in enumerate(zip(fragment.tolist(), row.tolist(), strict=True)):
-            out[i] = decode(feature, columns[f][r].as_py())
-        return out
-
-
-def _remember_versions(boot: _Boot, chunks: pa.RecordBatch) -> None:
-    ids, versions = chunks.column("chunk_id").to_numpy().tolist(), chunks.column("policy_version").to_numpy().tolist()
-    boot.versions.update(zip(ids, versions, strict=True))
-    while len(boot.versions) > _CHUNKS_KEPT:
-        del boot.versions[next(iter(boot.versions))]
-
-
-def _pick(pools: list[np.ndarray], fractions: np.ndarray) -> np.ndarray:
-    """Elements of several arrays taken as one, by fractions in [0, 1)."""
-    if len(pools) == 1:
-        return pools[0][(fractions * len(pools[0])).astype(np.int64)]
-    ends = np.cumsum([len(pool) for pool in pools])
-    at = (fractions * ends[-1]).astype(np.int64)
-    which = np.searchsorted(ends, at, side="right")
-    out = np.empty(len(at), np.int64)
-    for number, pool in enumerate(pools):
-        mine = which == number
-        out[mine] = pool[at[mine] - (ends[number] - len(pool))]
-    return out
-
-
-def split_by_share(total: int, shares: Sequence[float] | Mapping[Any, float], offset: float) -> list[int]:
-    """Whole numbers that sum to ``total`` and whose mean over offsets in [0, 1) is exactly each share of it."""
-    values = list(shares.values()) if isinstance(shares, Mapping) else list(shares)
-    whole = math.fsum(values)
-    edges = [math.floor(total * math.fsum(values[: i + 1]) / whole + offset) for i in range(len(values))]
-    edges[-1] = total
-    return [edge - before for edge, before in zip(edges, [0, *edges[:-1]], strict=True)]
+    arena: int
+    first: int
+    end: int = 0
+    arenas: set[int] = dataclasses.field(default_factory=set)

@@ -104,6 +104,8 @@ class BatchNeeds:
         adaptive: Let losses choose the shares; None: ``shares``.
         discount: Of ``Windows.return_B``, in (0, 1].
         replay: Columns of the chunk behind step t, by their names in the chunks table (``log_prob_T``, ``replay.*``).
+        cached_share: Chance in [0, 1) that a window is drawn among steps whose images lie decoded in memory. Within each
+            task and group of sources this moves the distribution by at most as much (total variation).
     """
 
     batch_size: int
@@ -118,20 +120,41 @@ class BatchNeeds:
     adaptive: Adaptive | None = None
     discount: float = 1.0
     replay: tuple[str, ...] = ()
+    cached_share: float = 0.0
 
 
 @dataclasses.dataclass
 class Windows:
-    """A batch of windows.
+    """A batch of windows, a copy that the caller owns.
 
-    obs: feature name -> (B, ...). actions_BHA: executed actions, float32. mask_BH: True where the action belongs to
-    the window: same episode, same source as the first step, no takeover in between. source_B: fleet.robot.Source.
-    task_B: index into the sampler's task names. version_B: policy version behind the first step, -1 for none.
+    obs: feature name -> (B, ...) at t. obs_at: offset -> the same at t + offset, for offsets other than 0;
+    inside_at: offset -> (B,), False where that step lies beyond the border and the last one inside is repeated.
+    actions_BHA: executed actions, float32. rewards_BH: next.reward, 0 where masked. terminated_BH, truncated_BH: False
+    where masked. mask_BH: True where the step lies inside of the border.
+    source_B: fleet.robot.Source. task_B: index into the sampler's task names. version_B: policy version behind t, -1
+    for none. step_B, episode_B: the sampler's own numbers, for feedback and grouping. frame_B: frame_index of t.
+    steps_to_go_B: steps from t to the episode's end, t included; -1 while it is open. outcome_B: Outcome.
+    return_B: discounted sum of the rewards from t to the episode's end, NaN while it is open.
+    weight_B: importance weights of a prioritised draw, at most 1; else ones.
+    replay: column name -> (B, ...), or (B, longest) padded with zeros for columns of lists.
     """
 
     obs: dict[str, np.ndarray]
+    obs_at: dict[int, dict[str, np.ndarray]]
+    inside_at: dict[int, np.ndarray]
     actions_BHA: np.ndarray
+    rewards_BH: np.ndarray
+    terminated_BH: np.ndarray
+    truncated_BH: np.ndarray
     mask_BH: np.ndarray
     source_B: np.ndarray
     task_B: np.ndarray
     version_B: np.ndarray
+    step_B: np.ndarray
+    episode_B: np.ndarray
+    frame_B: np.ndarray
+    steps_to_go_B: np.ndarray
+    outcome_B: np.ndarray
+    return_B: np.ndarray
+    weight_B: np.ndarray
+    replay: dict[str, np.ndarray]

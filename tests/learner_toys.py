@@ -58,13 +58,27 @@ class MemorySource:
         task = rng.integers(len(TASKS), size=needs.batch_size)
         action = np.tanh(state[:, :ACTION_DIM] * (2 * task[:, None] - 1)).astype(np.float32)
         shape = (needs.batch_size, needs.horizon)
+        nothing = np.full(needs.batch_size, -1)
         return Windows(
             obs={"observation.state": state},
+            obs_at={},
+            inside_at={},
             actions_BHA=np.repeat(action[:, None], needs.horizon, 1),
+            rewards_BH=np.zeros(shape, np.float32),
+            terminated_BH=np.zeros(shape, bool),
+            truncated_BH=np.zeros(shape, bool),
             mask_BH=rng.random(shape) < 0.9,
             source_B=np.full(needs.batch_size, int(Source.DEMO), np.uint8),
             task_B=task,
-            version_B=np.full(needs.batch_size, -1),
+            version_B=nothing,
+            step_B=np.arange(needs.batch_size),
+            episode_B=np.zeros(needs.batch_size, np.int64),
+            frame_B=np.arange(needs.batch_size),
+            steps_to_go_B=nothing,
+            outcome_B=nothing,
+            return_B=np.full(needs.batch_size, np.nan, np.float32),
+            weight_B=np.ones(needs.batch_size, np.float32),
+            replay={},
         )
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from buffer.ingest import Ingest
 from buffer.log import Log
-from buffer.sampler import Sampler, split_by_share
+from buffer.draw import split_by_share
+from buffer.sampler import Sampler
 from fleet.batch import BatchNeeds
 from fleet.errors import NoData, SpecError
 from fleet.journal import Journal, read_journal
@@ -172,10 +173,10 @@ def test_tasks_or_steps_weigh_the_same(tmp_path, by_task, rare):
     writer.send("r1", 0, 0, [D] * 300, task="common")
     writer.send("r2", 0, 0, [D] * 4 + [O] * 6, task="rare")
     writer.commit()
-    follower = sampler(tmp_path, ("common", "rare", "never"), by_task=by_task)
+    follower = sampler(tmp_path, ("common", "rare", "never"))
     counts = collections.Counter()
     for step in range(40):
-        batch = follower.batch(BatchNeeds(500, 1, STATE, {(D, O): 1.0}), step)
+        batch = follower.batch(BatchNeeds(500, 1, STATE, {(D, O): 1.0}, by_task=by_task), step)
         counts.update(zip(batch.task_B.tolist(), batch.obs[STATE[0]][:, 2].tolist(), strict=True))
     expected = {(0, float(f)): 20_000 * (1 - rare) / 300 for f in range(300)} | {
         (1, float(f)): 20_000 * rare / 10 for f in range(10)

@@ -1,0 +1,134 @@
+"""Byte arrays that rows lie in: mapped segments, and copies of fragments that cannot be used where they lie.
+
+Small rows are read through the map. Large ones (raw frames) are read from the page cache with ``preadv``: as fast as a
+copy out of a map whose pages are there, faster than out of one whose pages are not, and they do not count as resident.
+What the maps make resident is bounded: every ``budget`` bytes the pages are handed back; they stay in the page cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fleet.errors import StorageError
+
+LARGE_ROW = 4096  # bytes from which on a row is copied by itself
+_FAULT = 65536  # bytes that become resident around a row that is read through a map
+
+
+class Arena:
+    """Bytes with an address in this process. Lives as long as anything points to it.
+
+    Args:
+        bytes: Read-only uint8.
+        path: The file that they are, from its start on; None for memory.
+        map: What can hand back their pages; None for memory.
+    """
+
+    def __init__(self, bytes: np.ndarray, path: Path | None = None, map: mmap.mmap | None = None) -> None:
+        self.bytes, self._map = bytes, map
+        self.path = path
+        self._fd = -1
+        if path is not None and hasattr(os, "preadv"):
+            with contextlib.suppress(FileNotFoundError):  # retired since it was mapped
+                self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                weakref.finalize(self, os.close, self._fd)
+
+    @classmethod
+    def of_buffer(cls, buffer: pa.Buffer) -> Arena:
+        return cls(np.frombuffer(buffer, np.uint8))
+
+    def read_rows(self, at: Iterable[int], rows: Iterable[memoryview]) -> None:
+        """Copies the bytes from each offset on into a row.
+
+        Raises:
+            StorageError: The disk cannot be read, or the file has become shorter.
+        """
+        if self._fd < 0:
+            for start, row in zip(at, rows, strict=True):
+                np.frombuffer(row, np.uint8)[:] = self.bytes[start : start + len(row)]
+            return
+        fd, preadv = self._fd, os.preadv
+        try:
+            for start, row in zip(at, rows, strict=True):
+                if preadv(fd, (row,), start) != len(row):
+                    raise StorageError(f"{self.path} ends before byte {start + len(row)}", rule="a segment is never cut")
+        except OSError as error:
+            raise StorageError(
+                f"reading {self.path} failed: {error}", rule="the segments can be read", remedy="look at this disk's errors"
+            ) from error
+
+    def slice(self, start: int, end: int) -> np.ndarray:
+        """A view of some bytes."""
+        return self.bytes[start:end]
+
+    def forget(self) -> None:
+        """Hands back the pages of the map."""
+        if self._map is not None and hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class Residency:
+    """Bounds what the maps make resident.
+
+    Args:
+        budget: Bytes. For several threads at once.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._budget, self._lock, self._touched = budget, threading.Lock(), 0
+
+    def touched(self, num_bytes: int, arenas: Iterable[Arena]) -> None:
+        """So many more bytes were read through the maps of these arenas."""
+        with self._lock:
+            self._touched += num_bytes
+            if self._touched < self._budget:
+                return
+            self._touched = 0
+        for arena in arenas:
+            arena.forget()
+
+    def touched_rows(self, num_rows: int, arenas: Iterable[Arena]) -> None:
+        """So many rows in different places."""
+        self.touched(num_rows * _FAULT, arenas)
+
+
+def take(arenas: tuple[Arena, ...], arena_N: np.ndarray, at_N: np.ndarray, dtype: np.dtype[Any], out: np.ndarray) -> None:
+    """Rows of ``dtype`` from byte offsets in their arenas into ``out`` (N, size), C contiguous."""
+    size, num_rows = out.shape[1], len(out)
+    row_bytes = size * dtype.itemsize
+    if row_bytes >= LARGE_ROW:
+        view = out.reshape(-1).view(np.uint8).data
+        rows = [view[start : start + row_bytes] for start in range(0, num_rows * row_bytes, row_bytes)]
+        for arena, members in _by_arena(arena_N):
+            arenas[arena].read_rows(at_N[members].tolist(), [rows[i] for i in members.tolist()])
+        return
+    items, within = at_N // dtype.itemsize, np.arange(size)
+    for arena, members in _by_arena(arena_N):
+        data = arenas[arena].bytes
+        values = data[: len(data) - len(data) % dtype.itemsize].view(dtype)
+        if len(members) == num_rows:
+            np.take(values, items[:, None] + within, out=out, mode="clip")
+        else:
+            out[members] = values[items[members, None] + within]
+
+
+def _by_arena(arena_N: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """(arena, places of its rows), in the order of the arenas."""
+    if not len(arena_N):
+        return []
+    order = np.argsort(arena_N, kind="stable")
+    ordered = arena_N[order]
+    edges = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
+    if not len(edges):
+        return [(int(ordered[0]), np.arange(len(arena_N)))]
+    return [(int(arena_N[members[0]]), members) for members in np.split(order, edges)]

@@ -1,0 +1,161 @@
+"""What became of each episode: facts of its opened and closed rows, of its steps, and of labels that came later.
+
+An episode is (robot, boot, episode_id). Its number is given when it is first heard of and never changes. One whose
+robot began another without closing it stays open. Labels may come before or after what they speak of; of one field the
+newest by the judge's clock counts, and of two with the same time the one that was read later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from buffer.columns import Column
+from fleet.batch import Outcome
+
+EpisodeKey = tuple[str, str, int]  # robot_id, boot_id, episode_id
+_OUTCOMES = {outcome.name.lower(): outcome for outcome in Outcome if outcome is not Outcome.OPEN}
+_EXCLUDED = {"true": True, "false": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Label:
+    order: tuple[int, int]
+    value: str
+
+
+class EpisodeTable:
+    """One row an episode, by its number.
+
+    Attributes:
+        keys: (robot_id, boot_id, episode_id).
+        robot, boot, task: Indices into ``robots``, ``boots`` and the index's task names; task -1 for one that is not asked
+            for.
+        outcome: Outcome, by its newest label, else as the robot said.
+        length: Steps as the robot said, else the steps that are there so far.
+        first_version, last_version: Policy versions that acted, -1 for none.
+        num_operator_steps: Steps under an operator.
+        excluded: By a label. finished: Its end is known.
+        first_step: Number of the first step that was read, -1 for none.
+        group_id: "" for none. start: ``reset_state_id``, or "seed:<n>", or "".
+    """
+
+    def __init__(self) -> None:
+        self.keys: list[EpisodeKey] = []
+        self.robots: list[str] = []
+        self.boots: list[tuple[str, str]] = []
+        self.robot, self.boot, self.task = Column(np.int32), Column(np.int32), Column(np.int32)
+        self.outcome, self.length = Column(np.int8), Column(np.int32)
+        self.first_version, self.last_version = Column(np.int64), Column(np.int64)
+        self.num_operator_steps = Column(np.int32)
+        self.excluded, self.finished = Column(bool), Column(bool)
+        self.first_step = Column(np.int64)
+        self.group_id: list[str] = []
+        self.start: list[str] = []
+        self._numbers: dict[EpisodeKey, int] = {}
+        self._robot_numbers: dict[str, int] = {}
+        self._boot_numbers: dict[tuple[str, str], int] = {}
+        self._said = Column(np.int8)  # outcome as the robot said
+        self._labels: dict[EpisodeKey, dict[str, _Label]] = {}
+        self.num_labels = 0
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def number(self, key: EpisodeKey) -> int:
+        """The episode's number; a new one where it was not heard of before."""
+        known = self._numbers.get(key)
+        return self._add(key) if known is None else known
+
+    def find(self, key: EpisodeKey) -> int | None:
+        return self._numbers.get(key)
+
+    def robot_number(self, robot_id: str) -> int:
+        number = self._robot_numbers.setdefault(robot_id, len(self.robots))
+        if number == len(self.robots):
+            self.robots.append(robot_id)
+        return number
+
+    def boot_number(self, robot_id: str, boot_id: str) -> int:
+        number = self._boot_numbers.setdefault((robot_id, boot_id), len(self.boots))
+        if number == len(self.boots):
+            self.boots.append((robot_id, boot_id))
+        return number
+
+    def add_row(self, boot: tuple[str, str], row: dict[str, Any], task: int) -> None:
+        """A row of the episodes table that this boot sent; ``task`` is the index of its task."""
+        number = self.number((*boot, row["episode_id"]))
+        self.task[number] = task
+        self.group_id[number] = row["group_id"] or self.group_id[number]
+        start = row["reset_state_id"] or (f"seed:{row['seed']}" if row["seed"] >= 0 else "")
+        self.start[number] = start or self.start[number]
+        if row["event"] != "closed":
+            return
+        self.finished[number] = True
+        if row["length"] >= 0:
+            self.length[number] = row["length"]
+        self.first_version[number], self.last_version[number] = row["first_version"], row["last_version"]
+        self._said[number] = _OUTCOMES.get(row["outcome"], Outcome.UNKNOWN)
+        self._judge(number)
+
+    def add_steps(self, number: int, task: int, first_step: int, count: int, last_frame: int, num_operator: int) -> None:
+        """A run of ``count`` steps of the episode, of which an operator acted in ``num_operator``."""
+        self.task[number] = task
+        if self.first_step[number] < 0:
+            self.first_step[number] = first_step
+        self.num_operator_steps[number] += num_operator
+        if not self.finished[number]:
+            self.length[number] = max(self.length[number], last_frame + 1)
+
+    def add_version(self, number: int, version: int) -> None:
+        """A version that acted in an episode whose end is not known."""
+        if not self.finished[number]:
+            first, last = self.first_version[number], self.last_version[number]
+            self.first_version[number] = version if first < 0 else min(first, version)
+            self.last_version[number] = max(last, version)
+
+    def add_label(self, row: dict[str, Any], rank: int) -> None:
+        """A row of the labels table. Fields and values that have no meaning here are passed over.
+
+        Args:
+            rank: Of two labels with the same time the one with the higher rank counts.
+        """
+        self.num_labels += 1
+        if row["field"] == "outcome" and row["value"] not in _OUTCOMES:
+            return
+        if row["field"] == "excluded" and row["value"] not in _EXCLUDED:
+            return
+        key = (row["robot_id"], row["boot_id"], row["episode_id"])
+        labels = self._labels.setdefault(key, {})
+        new, old = _Label((row["time_ns"], rank), row["value"]), labels.get(row["field"])
+        if old is not None and new.order < old.order:
+            return
+        labels[row["field"]] = new
+        number = self._numbers.get(key)
+        if number is not None:
+            self._judge(number)
+
+    def _add(self, key: EpisodeKey) -> int:
+        number = self._numbers[key] = len(self.keys)
+        self.keys.append(key)
+        self.group_id.append("")
+        self.start.append("")
+        values = [
+            (self.robot, self.robot_number(key[0])),
+            (self.boot, self.boot_number(key[0], key[1])),
+            (self.outcome, Outcome.OPEN),
+            (self._said, Outcome.OPEN),
+        ]
+        zeros = (self.length, self.num_operator_steps, self.excluded, self.finished)
+        missing = (self.task, self.first_version, self.last_version, self.first_step)
+        for column, value in [*values, *((c, 0) for c in zeros), *((c, -1) for c in missing)]:
+            column.extend(value, 1)
+        self._judge(number)
+        return number
+
+    def _judge(self, number: int) -> None:
+        labels = self._labels.get(self.keys[number], {})
+        self.outcome[number] = _OUTCOMES[labels["outcome"].value] if "outcome" in labels else self._said[number]
+        self.excluded[number] = "excluded" in labels and _EXCLUDED[labels["excluded"].value]

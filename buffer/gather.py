@@ -1,0 +1,187 @@
+"""From a draw to a batch: copies rows out of the mapped segments into the caller's arrays.
+
+A draw holds all that is needed: numbers, offsets, and the arenas that these count in. So batches may be gathered in
+other threads while the sampler goes on.
+
+Shape suffixes: B batch, H actions in a window, A action dims, N rows to read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from buffer.arena import Arena, Residency, take
+from fleet.batch import BatchNeeds, Windows
+from fleet.errors import FleetError, StorageError
+from fleet.images import decode
+from fleet.spec import Feature
+
+Allocate = Callable[[str, tuple[int, ...], Any], np.ndarray]
+"""(name, shape, dtype) -> a C contiguous array to fill. Names: "actions", "<feature>", "<feature>@<offset>"."""
+
+
+class ImageCache(Protocol):
+    """Decoded images: ``buffer.image_cache.ImageCache``."""
+
+    def rows(
+        self, column: str, keys: np.ndarray, out: np.ndarray, decode_missing: Callable[[int, np.ndarray], None]
+    ) -> None: ...
+
+    def cached(self, keys: np.ndarray, columns: tuple[str, ...] | None = None) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """Rows of one feature.
+
+    Attributes:
+        steps_N: Numbers of the steps. shape: of what is read, without the feature's own.
+        arena_N: Indices into the draw's arenas.
+        at_N: Byte offset of the row; for an encoded feature, where the fragment's encoded bytes start.
+        offsets_at_N: For an encoded feature: byte offset of the row's pair of int32 offsets.
+    """
+
+    feature: Feature
+    column: str
+    shape: tuple[int, ...]
+    steps_N: np.ndarray
+    arena_N: np.ndarray
+    at_N: np.ndarray
+    offsets_at_N: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Which windows a batch is made of. Light: a few arrays of numbers.
+
+    Attributes:
+        needs, step: As they were asked for.
+        position: Of the log when it was drawn.
+        facts: Fields of Windows that are known without reading the segments.
+        obs, obs_at, actions: What is to be read.
+        chunks: (arena, offset, length, row) of the policy call behind each step; arena -1 for none.
+    """
+
+    needs: BatchNeeds
+    step: int
+    position: int
+    arenas: tuple[Arena, ...]
+    facts: dict[str, Any]
+    obs: dict[str, Read]
+    obs_at: dict[int, dict[str, Read]]
+    actions: Read
+    chunks_B: np.ndarray
+
+
+def gather(draw: Draw, out: Allocate, cache: ImageCache | None, residency: Residency) -> Windows:
+    """Reads what a draw names.
+
+    Raises:
+        StorageError: The disk cannot be read, or an image in the log cannot be decoded; names segment and feature.
+    """
+    reader = _Reader(draw.arenas, out, cache, residency)
+    return Windows(
+        obs={name: reader.read(name, read) for name, read in draw.obs.items()},
+        obs_at={
+            offset: {name: reader.read(f"{name}@{offset}", read) for name, read in reads.items()}
+            for offset, reads in draw.obs_at.items()
+        },
+        actions_BHA=reader.read("actions", draw.actions),
+        replay=_replay(draw) if draw.needs.replay else {},
+        **draw.facts,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    arenas: tuple[Arena, ...]
+    allocate: Allocate
+    cache: ImageCache | None
+    residency: Residency
+
+    def read(self, name: str, read: Read) -> np.ndarray:
+        feature = read.feature
+        array = self.allocate(name, (*read.shape, *feature.shape), feature.np_dtype)
+        rows = array.reshape(-1, *feature.shape)
+        if not np.shares_memory(rows, array):
+            raise ValueError(f"the array for {name!r} is not C contiguous")
+        if read.offsets_at_N is None:
+            stored = np.dtype(np.uint8) if feature.dtype == "bool" else feature.np_dtype
+            take(self.arenas, read.arena_N, read.at_N, stored, rows.reshape(len(rows), -1).view(stored))
+        elif self.cache is None:
+            decode_row = self._decoder(read)
+            for i in range(len(rows)):
+                decode_row(i, rows[i])
+        else:
+            self.cache.rows(read.column, read.steps_N, rows, self._decoder(read))
+        self.residency.touched_rows(read.shape[0], self.arenas)
+        return array
+
+    def _decoder(self, read: Read) -> Callable[[int, np.ndarray], None]:
+        assert read.offsets_at_N is not None
+        pair_N2 = np.empty((len(read.steps_N), 2), np.int32)
+        take(self.arenas, read.arena_N, read.offsets_at_N, pair_N2.dtype, pair_N2)
+        starts = read.at_N[:, None] + pair_N2
+
+        def decode_row(i: int, row: np.ndarray) -> None:
+            arena = self.arenas[read.arena_N[i]]
+            try:
+                row[:] = decode(read.feature, arena.slice(starts[i, 0], starts[i, 1]).tobytes())
+            except FleetError as error:
+                raise StorageError(
+                    f"{read.column} at byte {starts[i, 0]} of {arena.path}: {error.what}",
+                    rule="what was accepted can be decoded",
+                    remedy="`fleet data verify` names what is damaged",
+                ) from error
+
+        return decode_row
+
+
+def _replay(draw: Draw) -> dict[str, np.ndarray]:
+    """Columns of the policy calls behind the steps, zeros where there is none."""
+    opened: dict[tuple[int, int], pa.RecordBatch] = {}
+    values: dict[str, list[Any]] = {name: [None] * len(draw.chunks_B) for name in draw.needs.replay}
+    for i, (arena, at, length, row) in enumerate(draw.chunks_B.tolist()):
+        if arena < 0:
+            continue
+        chunks = opened.get((arena, at))
+        if chunks is None:
+            chunks = opened[arena, at] = _open(draw.arenas[arena], at, length)
+        for name, column in values.items():
+            if name in chunks.schema.names:
+                column[i] = _plain(chunks.column(name)[row])
+    return {name: _padded(column) for name, column in values.items()}
+
+
+def _open(arena: Arena, at: int, length: int) -> pa.RecordBatch:
+    try:
+        with pa.ipc.open_stream(pa.py_buffer(arena.slice(at, at + length))) as stream:
+            batch = stream.read_next_batch()
+        batch.validate(full=True)
+    except (pa.ArrowException, StopIteration, OSError) as error:
+        raise StorageError(f"chunks at byte {at} of {arena.path}: {error!r}", rule="what was accepted can be read") from None
+    return batch
+
+
+def _plain(value: pa.Scalar) -> np.ndarray:
+    if isinstance(value, pa.ListScalar | pa.FixedSizeListScalar | pa.LargeListScalar):
+        values: np.ndarray = value.values.to_numpy(zero_copy_only=False)
+        return values
+    return np.asarray(value.as_py())
+
+
+def _padded(values: list[np.ndarray | None]) -> np.ndarray:
+    """(B, ...), shorter lists padded with zeros, zeros for None."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return np.zeros((len(values), 0), np.float32)
+    out = np.zeros((len(values), *np.max([v.shape for v in there], axis=0)), np.result_type(*there))
+    for row, value in zip(out, values, strict=True):
+        if value is not None:
+            row[tuple(slice(n) for n in value.shape)] = value
+    return out

@@ -78,11 +78,12 @@ class RecordedDisk(Files):
 
     Attributes:
         ops: The calls that changed something, in order; ``len(ops)`` is the present instant.
-        kill_at: The process is killed when it would make this call.
+        kill_at: The process is killed when it would make this call; with ``at_sync`` the next fsync from there on,
+            after which what was not synced is visible and not durable.
     """
 
     def __init__(self, root: Path) -> None:
-        self.root, self.ops, self.kill_at = root, [], 1 << 60
+        self.root, self.ops, self.kill_at, self.at_sync, self._dead = root, [], 1 << 60, False, False
         self._names: dict[Path, int] = {}
         self._fds: dict[int, int] = {}
         self._next = FOLDER + 1
@@ -97,7 +98,7 @@ class RecordedDisk(Files):
 
     def restart(self) -> None:
         """What a kill leaves: the files as they look now, and no open descriptors."""
-        self.kill_at = 1 << 60
+        self.kill_at, self._dead = 1 << 60, False
         for fd in self._fds:
             os.close(fd)
         self._fds.clear()
@@ -137,11 +138,11 @@ class RecordedDisk(Files):
         self.ops.append(Write(self._fds[fd], offset, data))
 
     def fsync(self, fd):
-        self._may_live()
+        self._may_live(sync=True)
         self.ops.append(Sync(self._fds[fd]))
 
     def fsync_dir(self, folder):
-        self._may_live()
+        self._may_live(sync=True)
         self.ops.append(SyncFolder(folder))
 
     def replace(self, source, target):
@@ -174,8 +175,9 @@ class RecordedDisk(Files):
         del self._fds[fd]
         super().close(fd)
 
-    def _may_live(self):
-        if len(self.ops) >= self.kill_at:
+    def _may_live(self, sync: bool = False) -> None:
+        self._dead = self._dead or (len(self.ops) >= self.kill_at and (sync or not self.at_sync))
+        if self._dead:
             raise Killed
 
     def _new_file(self):
@@ -271,9 +273,9 @@ def _store(data: bytearray, op: Write | Resize, fate: str = "all", rng: random.R
 
 
 @contextlib.contextmanager
-def killed_at(disk: RecordedDisk, op: int):
-    """The block is a process that is killed when it would make call number ``op``."""
-    disk.kill_at = op
+def killed(disk: RecordedDisk, rng: random.Random, most: int):
+    """The block is a process that is killed within its next ``most`` calls, often at one of the first."""
+    disk.kill_at, disk.at_sync = len(disk.ops) + rng.randrange(rng.choice([8, most])), rng.random() < 0.5
     with contextlib.suppress(Killed):
         yield
     disk.restart()

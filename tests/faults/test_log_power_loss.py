@@ -9,7 +9,7 @@ from buffer.log import Log
 from buffer.reader import LogReader
 from fleet.robot import Source
 from tests.buffer.fragments import make_spec
-from tests.faults.disk_model import RecordedDisk, Unsynced, killed_at
+from tests.faults.disk_model import RecordedDisk, Unsynced, killed
 
 ROBOTS = (("r1", "a" * 16), ("r2", "b" * 16))
 SPECS = {spec.hash: spec for spec in (make_spec(state_size=size) for size in (3, 4, 5))}
@@ -25,15 +25,20 @@ def fragment_of(robot, seq):
 
 
 class Shard:
-    """A log in use, over kills. ``acked``: (instant of the disk, robot, seq) that were durable from then on."""
+    """A log in use, over kills.
+
+    Attributes:
+        acked: (instant of the disk, robot, seq): durable from then on.
+        sealed: From which instant a segment need not be looked at again, by its number.
+    """
 
     def __init__(self, disk, folder, rng):
         self.disk, self.folder, self.rng = disk, folder, rng
-        self.acked, self.log = [], None
+        self.acked, self.sealed, self.log = [], {}, None
 
     def run(self):
         """Works until the disk kills it."""
-        NotedLog(self)
+        NotedLog(self.folder, self.disk, self)
         self.acked += [(len(self.disk.ops), robot, self.log.high_water(robot, boot)) for robot, boot in ROBOTS]
         while True:
             if self.rng.random() < 0.7:
@@ -48,11 +53,22 @@ class Shard:
 
 
 class NotedLog(Log):
-    """Known to its shard also if it is killed while it opens."""
+    """Tells its shard what it seals, and of itself also if it is killed while it opens."""
 
-    def __init__(self, shard):
-        shard.log = self
-        super().__init__(shard.folder, files=shard.disk, segment_bytes=SEGMENT_BYTES)
+    def __init__(self, folder, disk, shard):
+        self.shard, shard.log = shard, self
+        super().__init__(folder, files=disk, segment_bytes=SEGMENT_BYTES)
+        for found in self.recovered:
+            self._note(found.name)
+
+    def _end_segment(self):
+        segment = self._active
+        super()._end_segment()
+        if segment is not None:
+            self._note(segment.name)
+
+    def _note(self, name):
+        self.shard.sealed.setdefault(name.number, len(self.shard.disk.ops))
 
 
 def append_next(log, robot, boot):
@@ -73,8 +89,9 @@ def at(facts, instant):
     return marks
 
 
-def check(log, folder, acked):
+def check(log, folder, acked, sealed):
     """Each acknowledged fragment is there, once, in order and intact; what the log says is durable is there too."""
+    assert not sealed & {found.name.number for found in log.recovered}, "what was sealed is not looked at again"
     assert not any(found.damaged for found in log.recovered), "a power loss damages nothing that counts"
     reader = LogReader(folder)
     records = reader.poll()
@@ -97,7 +114,7 @@ def run_shard(folder, rng):
     disk = RecordedDisk(folder)
     shard = Shard(disk, folder / "run" / "buffer", rng)
     for _ in range(rng.randrange(2, 6)):
-        with killed_at(disk, len(disk.ops) + rng.choice([rng.randrange(1, 12), rng.randrange(5, 90)])):
+        with killed(disk, rng, 90):
             shard.run()
         shard.stop()
     return shard
@@ -111,27 +128,29 @@ def test_power_loss_keeps_what_was_acknowledged(tmp_path, scale):
         shard = run_shard(tmp_path / "disk", rng)
         for number in range(CUTS_PER_RUN):
             cut = rng.randrange(len(shard.disk.ops) + 1)
-            once, twice, facts = tmp_path / "once", tmp_path / "twice", []
+            once, twice = tmp_path / "once", tmp_path / "twice"
             said = f"trial {trial}, {number}: {shard.disk.disk_after(cut, once, rng)}"
-            disk = RecordedDisk(once)
+            again = Shard(RecordedDisk(once), once / "run" / "buffer", rng)
             try:
-                log = Log(once / "run" / "buffer", files=disk, segment_bytes=SEGMENT_BYTES)
-                facts += [(len(disk.ops), robot, log.high_water(robot, boot)) for robot, boot in ROBOTS]
-                check(log, once / "run" / "buffer", at(shard.acked, cut))
+                log = NotedLog(again.folder, again.disk, again)
+                acked, sealed = at(shard.acked, cut), {number for number, when in shard.sealed.items() if when <= cut}
+                check(log, again.folder, acked, sealed)
+                again.acked += [(len(again.disk.ops), robot, log.high_water(robot, boot)) for robot, boot in ROBOTS]
                 for _ in range(3):
                     append_next(log, *rng.choice(ROBOTS))
-                    facts += [(len(disk.ops), robot, seq) for robot, _, seq in log.commit()]
+                    again.acked += [(len(again.disk.ops), robot, seq) for robot, _, seq in log.commit()]
                 log.close()
-                second = rng.randrange(len(disk.ops) + 1)
-                said += f"; again {disk.disk_after(second, twice, rng)}"
+                second = rng.randrange(len(again.disk.ops) + 1)
+                said += f"; again {again.disk.disk_after(second, twice, rng)}"
                 log = Log(twice / "run" / "buffer", files=Unsynced(), segment_bytes=SEGMENT_BYTES)
-                before, after = at(shard.acked, cut), at(facts, second)
-                check(log, twice / "run" / "buffer", {robot: max(before[robot], after[robot]) for robot in before})
+                after = at(again.acked, second)
+                sealed |= {number for number, when in again.sealed.items() if when <= second}
+                check(log, twice / "run" / "buffer", {robot: max(acked[robot], after[robot]) for robot in acked}, sealed)
                 log.close()
             except BaseException as error:
                 error.add_note(said)
                 raise
-            disk.restart()
+            again.disk.restart()
             shutil.rmtree(once)
             shutil.rmtree(twice)
         shutil.rmtree(tmp_path / "disk")

@@ -13,7 +13,7 @@ from fleet.robot import Source
 from fleet.schema import decode_fragment
 from fleet.spool import Spool
 from tests.buffer.fragments import fragment, make_spec
-from tests.faults.disk_model import RecordedDisk, Unsynced, killed_at
+from tests.faults.disk_model import RecordedDisk, Unsynced, killed
 
 P, O, SPEC, BIG = Source.POLICY, Source.OPERATOR, make_spec(extra=700), 1 << 40  # noqa: E741
 CUTS_PER_RUN = 25
@@ -162,7 +162,7 @@ def run_robot(folder, rng):
     disk = RecordedDisk(folder)
     robot = Robot(disk, folder / "robot" / "spool", rng)
     for _ in range(rng.randrange(2, 5)):
-        with killed_at(disk, len(disk.ops) + rng.choice([rng.randrange(1, 6), rng.randrange(5, 150)])):
+        with killed(disk, rng, 150):
             robot.run()
         robot.stop()
     return robot

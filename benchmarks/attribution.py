@@ -62,7 +62,7 @@ def run_arm(arm: str, seed: int, folder: Path, operator_steps: int, episodes: in
     if arm == LATE:
         settings.append(f"operator.settings.reaction_s={LATE_S}")
     if arm in (NO_NEW_DATA, MORE_DEMONSTRATIONS):
-        settings += ["demo.num_robots=0", "learner.max_updates_per_step=0"]
+        settings += ["demo.num_robots=0", "learner.samples_per_insert=0"]
     demo = prepare_demo(folder, None, settings)
     started = time.monotonic()
     try:

@@ -17,12 +17,13 @@ from typing import Any
 from fleet.errors import ConfigError
 
 
-class Ahead(enum.Enum):
-    """Who is ahead. It begins at an end of the cursor's range and ends in its middle, so that it is said once."""
+class State(enum.Enum):
+    """What holds. A side that is ahead is so from an end of the cursor's range to its middle, so that it is said once."""
 
-    NOBODY = "nobody"
-    LEARNER = "learner"
-    ROBOTS = "robots"
+    IN_RANGE = "in range"
+    TOO_SMALL = "buffer too small"
+    LEARNER_AHEAD = "learner ahead"
+    ROBOTS_AHEAD = "robots ahead"
 
 
 class RateLimiter:
@@ -36,7 +37,7 @@ class RateLimiter:
 
     Attributes:
         inserts, samples: Since ``begin``.
-        ahead: Who is.
+        state: What holds.
 
     Raises:
         ConfigError: A value is out of its range.
@@ -60,7 +61,7 @@ class RateLimiter:
         self.samples_per_insert, self.error_buffer = float(samples_per_insert), float(error_buffer)
         self.min_size_to_sample = min_size_to_sample
         self.inserts = self.samples = 0
-        self.ahead = Ahead.NOBODY
+        self.state = State.IN_RANGE
         self._news: list[dict[str, Any]] = []
 
     @property
@@ -71,7 +72,7 @@ class RateLimiter:
     def begin(self) -> None:
         """Counts anew from what is in the buffer now."""
         self.inserts = self.samples = 0
-        self.ahead = Ahead.NOBODY
+        self.state = State.IN_RANGE
 
     def insert(self, num_steps: int) -> None:
         """Steps became durable."""
@@ -87,12 +88,11 @@ class RateLimiter:
         Args:
             size: Steps in the buffer.
         """
-        if size < self.min_size_to_sample:
+        missing = num_windows - self.error_buffer - self.cursor if self.samples_per_insert else 0.0
+        too_small = size < self.min_size_to_sample
+        self._look(size, too_small, missing > 0)
+        if too_small:
             return f"the learner waits for data: {size} steps in the buffer, min_size_to_sample is {self.min_size_to_sample}"
-        if self.samples_per_insert == 0:
-            return None
-        missing = num_windows - self.error_buffer - self.cursor
-        self._look(held=missing > 0)
         if missing <= 0:
             return None
         return (
@@ -101,41 +101,44 @@ class RateLimiter:
         )
 
     def news(self) -> list[dict[str, Any]]:
-        """What began or ended since the last call, as fields of a journal line: ``ahead``, ``why`` and the numbers."""
+        """What began or ended since the last call, as fields of a journal line: ``state``, ``why`` and the numbers."""
         news, self._news = self._news, []
         return news
 
-    def state(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, Any]:
         """Plain numbers, for a checkpoint."""
-        return {
-            "samples_per_insert": self.samples_per_insert,
-            "inserts": self.inserts,
-            "samples": self.samples,
-            "ahead": self.ahead.value,
-        }
+        counts = {"samples_per_insert": self.samples_per_insert, "inserts": self.inserts, "samples": self.samples}
+        return {**counts, "state": self.state.value}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from ``state()``. What was counted for another ratio means nothing here: then it counts anew."""
+    def load(self, counts: Mapping[str, Any]) -> None:
+        """Goes on from ``counts()``. What was counted for another ratio means nothing here: then it counts anew."""
         self.begin()
-        if state["samples_per_insert"] == self.samples_per_insert:
-            self.inserts, self.samples = int(state["inserts"]), int(state["samples"])
-            self.ahead = Ahead(state["ahead"])
+        if counts["samples_per_insert"] == self.samples_per_insert:
+            self.inserts, self.samples = int(counts["inserts"]), int(counts["samples"])
+            self.state = State(counts["state"])
 
-    def _look(self, held: bool) -> None:
-        cursor = self.cursor
-        ended = (self.ahead is Ahead.LEARNER and cursor >= 0) or (self.ahead is Ahead.ROBOTS and cursor <= 0)
-        if ended:
-            self._say(Ahead.NOBODY, f"the {self.ahead.value} {'is' if self.ahead is Ahead.LEARNER else 'are'} no longer ahead")
-        if held and self.ahead is not Ahead.LEARNER:
-            self._say(Ahead.LEARNER, "the learner waits for robots, now and then, until half of error_buffer's range is there")
-        elif cursor > self.error_buffer and self.ahead is not Ahead.ROBOTS:
+    def _look(self, size: int, too_small: bool, held: bool) -> None:
+        cursor, state = self.cursor, self.state
+        if too_small:
+            if state is not State.TOO_SMALL:
+                self._say(State.TOO_SMALL, f"the learner waits for data: {size} steps of {self.min_size_to_sample} are there")
+            return
+        if state is State.TOO_SMALL:
+            self._say(State.IN_RANGE, f"the buffer has its {self.min_size_to_sample} steps")
+        elif state is State.LEARNER_AHEAD and cursor >= 0:
+            self._say(State.IN_RANGE, "the learner no longer waits for robots")
+        elif state is State.ROBOTS_AHEAD and (cursor <= 0 or held):
+            self._say(State.IN_RANGE, "robots are no longer ahead of the learner")
+        if held and self.state is not State.LEARNER_AHEAD:
+            self._say(State.LEARNER_AHEAD, "the learner is ahead and waits for robots, again and again until the cursor is 0")
+        elif self.samples_per_insert and cursor > self.error_buffer and self.state is not State.ROBOTS_AHEAD:
             less = "new steps are drawn less often than samples_per_insert says, and no robot is held"
-            self._say(Ahead.ROBOTS, f"robots are ahead of the learner: {less}")
+            self._say(State.ROBOTS_AHEAD, f"robots are ahead of the learner: {less}")
 
-    def _say(self, ahead: Ahead, what: str) -> None:
-        self.ahead = ahead
+    def _say(self, state: State, what: str) -> None:
+        self.state = state
         numbers = {"inserts": self.inserts, "samples": self.samples, "cursor": round(self.cursor, 1)}
-        self._news.append({"ahead": ahead.value, "why": f"{what} ({self._numbers()})", **numbers})
+        self._news.append({"state": state.value, "why": f"{what} ({self._numbers()})", **numbers})
 
     def _numbers(self) -> str:
         return (

@@ -6,14 +6,17 @@ A journal is for people: it is written without fsync and nothing depends on it. 
 gateway: ``durable`` (robot, boot, seq, latency_ms: one number a step, executed -> fsynced; steps: by source),
     ``episode`` (robot, boot, episode_id, task, outcome, judge, length, operator_steps, source, first_version,
     last_version), ``member`` (robot, event: joined | left | lost | replaced), ``loaded`` (robot, version, latency_ms:
-    published -> in the robot's policy), ``refused`` (robot, error)
+    published -> in the robot's policy), ``refused`` (robot, error), ``retired`` (segment, action: drop | compact, why: age |
+    bytes, frees: bytes, steps), ``disk`` (low, free_gb)
 learner: ``sampleable`` (robot, boot, seq, latency_ms: one number a step, executed -> in the sampler), ``update`` (step, loss,
-    updates_per_s), ``published`` (version, step), ``checkpoint`` (step), ``resumed`` (step, version), ``waiting`` (why)
+    updates_per_s), ``published`` (version, step), ``checkpoint`` (step), ``resumed`` (step, version), ``waiting`` (why),
+    ``rate`` (state, why, inserts, samples, cursor: what the rate limiter holds or no longer holds)
 """
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +24,7 @@ from typing import Any, TextIO
 
 
 class Journal:
-    """Appends to one file. One process a file.
+    """Appends to one file, from any thread. One process a file.
 
     Attributes:
         num_dropped: Facts that could not be written, for example on a full disk. They stop nobody.
@@ -31,10 +34,13 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: TextIO = path.open("a", encoding="utf-8", buffering=1)
         self.num_dropped = 0
+        self._lock = threading.Lock()
 
     def write(self, kind: str, **fields: Any) -> None:
+        line = json.dumps({"time_ns": time.time_ns(), "kind": kind, **fields}) + "\n"
         try:
-            self._file.write(json.dumps({"time_ns": time.time_ns(), "kind": kind, **fields}) + "\n")
+            with self._lock:
+                self._file.write(line)
         except OSError:
             self.num_dropped += 1
 

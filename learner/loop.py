@@ -19,13 +19,13 @@ from torch import Tensor
 
 from algorithms.base import Algorithm, Batch
 from algorithms.policies.base import INSTRUCTION
+from buffer.rate import RateLimiter
 from fleet.batch import BatchNeeds, Windows
 from fleet.errors import LearnerError, NoData
 from fleet.robot import Source
 from learner.background import Background
 from learner.checkpoint import Checkpoint, Checkpoints, freeze
 from learner.engine import Engine
-from learner.pace import Pace
 from learner.progress import Progress
 from learner.publisher import Publisher, describe, snapshot
 
@@ -86,14 +86,14 @@ class Loop:
         settings: LoopSettings,
         *,
         device: torch.device,
-        pace: Pace,
+        limiter: RateLimiter,
         publisher: Publisher,
         checkpoints: Checkpoints,
         report: Callable[[Progress], None],
         write: Callable[..., None],
     ) -> None:
         self._source, self._instructions_KE = source, instructions_KE.to(device)
-        self._phases, self._settings, self._device, self._pace = phases, settings, device, pace
+        self._phases, self._settings, self._device, self._limiter = phases, settings, device, limiter
         self._publisher, self._checkpoints, self._report, self._write = publisher, checkpoints, report, write
         self._phase = -1
         self._windows: Windows
@@ -128,7 +128,8 @@ class Loop:
                 f"the checkpoint of step {checkpoint.step} does not fit: {error}"[:500], rule="same modules, same shapes"
             ) from None
         engine.load_state(state["optimizers"])
-        self._pace.begin(int(meta["pace_update"]), int(meta["pace_num_steps"]))
+        self._limiter.load(meta["rate"])
+        self._limiter.insert(self._source.num_steps() - int(meta["num_steps"]))  # what came since; retention may have run
         self.progress.step = self._saved = checkpoint.step
 
     def run(self, stop: Callable[[], bool]) -> Progress:
@@ -165,7 +166,7 @@ class Loop:
             self._algorithm, self._engine = build()
         began_at = self._phases[phase - 1].until if phase else 0
         if self._phase != phase and self.progress.step == began_at:
-            self._pace.begin(self.progress.step, self._source.num_steps())
+            self._limiter.begin()
         self._phase = phase
         algorithm, _ = self._trained()
         self.progress.phase, self.progress.algorithm = self._phases[phase].name, algorithm.name
@@ -183,8 +184,6 @@ class Loop:
             why = self._reason_to_wait()
             if why is None or stop():
                 break
-            if not self.progress.waiting:
-                self._write("waiting", why=why, step=self.progress.step)
             self.progress.waiting = why
             self._note(self._background.facts() if self._background else [])
             self._tell()
@@ -195,20 +194,26 @@ class Loop:
 
     def _reason_to_wait(self) -> str | None:
         """Also draws the next batch, since only that tells whether there is data of the kind that is asked for."""
-        why = self._pace_reason()
+        why = self._rate_reason()
         if why is None:
-            algorithm, _ = self._trained()
+            needs = self._trained()[0].needs
             try:
                 with self._timed("sample"):
-                    self._windows = self._source.batch(algorithm.needs, self.progress.step)
+                    self._windows = self._source.batch(needs, self.progress.step)
+                self._limiter.sample(needs.batch_size)
             except NoData as error:
                 why = f"the learner waits for data: {error.what}"
+                if not self.progress.waiting.startswith("the learner waits for data"):
+                    self._write("waiting", why=why, step=self.progress.step)
         return why
 
-    def _pace_reason(self) -> str | None:
+    def _rate_reason(self) -> str | None:
         if self._phase < len(self._phases) - 1:
             return None  # the start trains on what is there
-        return self._pace.waits_for(self.progress.step, self.progress.num_steps)
+        why = self._limiter.wait_for(self.progress.num_steps, self._trained()[0].needs.batch_size)
+        for fields in self._limiter.news():
+            self._write("rate", step=self.progress.step, **fields)
+        return why
 
     def _update(self) -> None:
         algorithm, engine = self._trained()
@@ -286,8 +291,7 @@ class Loop:
                 "algorithm": algorithm.name,
                 "release": self._publisher.version,
                 "num_steps": self.progress.num_steps,
-                "pace_update": self._pace.first_update,
-                "pace_num_steps": self._pace.first_num_steps,
+                "rate": self._limiter.counts(),
             }
             checkpoint, checkpoints = Checkpoint(step, meta, state), self._checkpoints
 
@@ -302,7 +306,7 @@ class Loop:
         now = time.monotonic()
         if force or now - self._polled >= POLL_S:
             self._polled = now
-            self._source.poll()
+            self._limiter.insert(self._source.poll())
             self.progress.num_steps = self._source.num_steps()
 
     def _note(self, facts: list[tuple[str, dict[str, Any]]]) -> None:

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from buffer.rate import RateLimiter
 from fleet.errors import ConfigError
 from fleet.lookup import check_settings, resolve
 
@@ -22,7 +23,7 @@ class LearnerConfig:
     steps: int = 8000
     """Updates in all, those of the start included."""
     start_steps: int = 2000
-    """Updates of the start, on what is in the buffer when it begins: neither paced nor published before the last one."""
+    """Updates of the start, on what is in the buffer when it begins: neither limited nor published before the last one."""
     seed: int = 0
     """Of weights, batches and noise."""
     device: str = "auto"
@@ -35,12 +36,13 @@ class LearnerConfig:
     """Newest checkpoints that stay."""
     keep_releases: int = 500
     """Newest releases that stay; 0 for all."""
-    min_steps: int = 500
+    min_size_to_sample: int = 500
     """Steps in the buffer before anything is trained: the policy's normalisation is fixed from what is there then."""
-    max_updates_per_step: float = 0.0
-    """Updates for each step that came since the start ended; 0: as many as the machine makes."""
-    slack: int = 200
-    """Updates that the learner may be ahead of that pace."""
+    samples_per_insert: float = 0.0
+    """Windows drawn for each step that came since the start ended, as Reverb counts; 0: as many as the machine makes.
+    With batches of 256, 256 is one update for each step."""
+    error_buffer: float = 51200.0
+    """Windows that the learner may be ahead of that ratio before it waits; robots are never held. 200 batches of 256."""
     micro_batch: int = 0
     """Samples in one backward pass; 0: the whole batch."""
     max_grad_norm: float = 0.0
@@ -60,9 +62,6 @@ class LearnerConfig:
             "checkpoint_every": (self.checkpoint_every >= 1, "checkpoint_every >= 1"),
             "keep_checkpoints": (self.keep_checkpoints >= 2, "keep_checkpoints >= 2, so that one may be damaged"),
             "keep_releases": (self.keep_releases == 0 or self.keep_releases >= 10, "0, or at least 10"),
-            "min_steps": (self.min_steps >= 1, "min_steps >= 1"),
-            "max_updates_per_step": (self.max_updates_per_step >= 0, "max_updates_per_step >= 0"),
-            "slack": (self.slack >= 1, "slack >= 1: with none the first update would wait for ever"),
             "micro_batch": (self.micro_batch >= 0, "micro_batch >= 0"),
             "max_grad_norm": (self.max_grad_norm >= 0, "max_grad_norm >= 0"),
             "num_threads": (self.num_threads >= 0, "num_threads >= 0"),
@@ -71,6 +70,14 @@ class LearnerConfig:
         for key, (holds, rule) in rules.items():
             if not holds:
                 raise ConfigError(f"learner.{key} = {getattr(self, key)!r}", rule=rule)
+        try:
+            self.rate_limiter()
+        except ConfigError as error:
+            raise ConfigError(f"learner.{error.what}", rule=error.rule) from None
+
+    def rate_limiter(self) -> RateLimiter:
+        """How often it may draw what robots insert."""
+        return RateLimiter(self.samples_per_insert, self.min_size_to_sample, self.error_buffer)
 
 
 @dataclasses.dataclass

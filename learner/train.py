@@ -29,7 +29,6 @@ from learner.checkpoint import Checkpoint, Checkpoints
 from learner.engine import Engine, TorchEngine
 from learner.loop import POLL_S, BatchSource, Loop, LoopSettings, Phase
 from learner.main import LearnerConfig, PolicyConfig, algorithm_class
-from learner.pace import Pace
 from learner.progress import Progress
 from learner.publisher import Publisher
 
@@ -60,7 +59,7 @@ def train(run: RunFolder, tables: Mapping[str, Any], *, stop: Callable[[], bool]
         tasks = json.loads((run.path / "tasks.json").read_text())
         sampler = Sampler(run.buffer, list(tasks), config.seed, journal)
         stack.callback(sampler.close)
-        if not wait_for_data(sampler, config.min_steps, stop, report, journal):
+        if not wait_for_data(sampler, config.min_size_to_sample, stop, report, journal):
             return Progress(steps=config.steps)
         specs = sampler.specs
         embeddings_KE = torch.tensor([task["embedding"] for task in tasks.values()], dtype=torch.float32)
@@ -108,7 +107,7 @@ def make_loop(
         make_phases(policy, tables, device),
         settings,
         device=device,
-        pace=Pace(config.max_updates_per_step, config.slack),
+        limiter=config.rate_limiter(),
         publisher=publisher,
         checkpoints=checkpoints,
         report=report,
@@ -153,16 +152,16 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def wait_for_data(source: BatchSource, min_steps: int, stop: Callable[[], bool], report: Report, journal: Journal) -> bool:
-    """Waits until the buffer has ``min_steps`` steps; False when ``stop`` came first."""
+def wait_for_data(source: BatchSource, min_size: int, stop: Callable[[], bool], report: Report, journal: Journal) -> bool:
+    """Waits until the buffer has ``min_size`` steps; False when ``stop`` came first."""
     said = False
     while True:
         source.poll()
         num_steps = source.num_steps()
-        if num_steps >= min_steps or stop():
-            return num_steps >= min_steps
+        if num_steps >= min_size or stop():
+            return num_steps >= min_size
         why = (
-            f"the learner waits for data: the buffer has {num_steps} steps, learner.min_steps is {min_steps}; "
+            f"the learner waits for data: the buffer has {num_steps} steps, learner.min_size_to_sample is {min_size}; "
             "give demonstrations with `fleet join FILE --demonstrate 10`"
         )
         if not said:

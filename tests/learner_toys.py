@@ -166,7 +166,7 @@ def make_tables(**learner: Any) -> dict[str, Any]:
     tables = {name: cls() for name, cls in LEARNER_TABLES.items()}
     small = {
         "steps": 40,
-        "min_steps": 1,
+        "min_size_to_sample": 1,
         "start_steps": 10,
         "publish_every": 10,
         "checkpoint_every": 20,

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from buffer.rate import Ahead, RateLimiter
+from buffer.rate import RateLimiter, State
 from fleet.errors import ConfigError
 
 
@@ -61,19 +61,19 @@ def test_each_state_is_said_once_when_it_begins_and_when_it_ends():
             limiter.sample(4)
         limiter.insert(2)
     news = limiter.news()
-    assert [line["ahead"] for line in news] == ["learner"] and "waits for robots" in news[0]["why"]
+    assert [line["state"] for line in news] == ["learner ahead"] and "waits for robots" in news[0]["why"]
     assert "samples_per_insert 2" in news[0]["why"] and "error_buffer 20" in news[0]["why"]
     limiter.insert(12)
-    assert limiter.wait_for(100, 4) is None and [line["ahead"] for line in limiter.news()] == ["nobody"]
+    assert limiter.wait_for(100, 4) is None and [line["state"] for line in limiter.news()] == ["in range"]
     for _ in range(5):
         limiter.insert(10)
         assert limiter.wait_for(100, 4) is None  # robots ahead: nobody is held
     news = limiter.news()
-    assert [line["ahead"] for line in news] == ["robots"] and "no robot is held" in news[0]["why"]
+    assert [line["state"] for line in news] == ["robots ahead"] and "no robot is held" in news[0]["why"]
     assert news[0]["cursor"] > 20
     while limiter.cursor > 0:
         limiter.sample(4)
-    assert limiter.wait_for(100, 4) is None and [line["ahead"] for line in limiter.news()] == ["nobody"]
+    assert limiter.wait_for(100, 4) is None and [line["state"] for line in limiter.news()] == ["in range"]
     assert limiter.news() == []
     json.dumps(news)
 
@@ -83,7 +83,10 @@ def test_no_ratio_no_limit_but_a_smallest_size():
     limiter.begin()
     limiter.sample(10**9)
     assert limiter.wait_for(10, 256) is None and limiter.news() == []
-    assert "min_size_to_sample is 10" in limiter.wait_for(9, 256)
+    for _ in range(3):
+        assert "min_size_to_sample is 10" in limiter.wait_for(9, 256)
+    assert limiter.wait_for(10, 256) is None
+    assert [line["state"] for line in limiter.news()] == ["buffer too small", "in range"]
 
 
 def test_state_goes_on_and_means_nothing_for_another_ratio():
@@ -92,14 +95,14 @@ def test_state_goes_on_and_means_nothing_for_another_ratio():
     first.insert(100)
     first.wait_for(100, 1)
     first.sample(170)
-    state = json.loads(json.dumps(first.state()))
+    state = json.loads(json.dumps(first.counts()))
     second = RateLimiter(2, 1, 20)
-    second.load_state(state)
-    assert second.cursor == first.cursor == 30 and second.ahead is Ahead.ROBOTS
+    second.load(state)
+    assert second.cursor == first.cursor == 30 and second.state is State.ROBOTS_AHEAD
     assert second.wait_for(100, 1) is None and second.news() == []  # it was said already
     other = RateLimiter(4, 1, 20)
-    other.load_state(state)
-    assert other.cursor == 0 and other.ahead is Ahead.NOBODY
+    other.load(state)
+    assert other.cursor == 0 and other.state is State.IN_RANGE
 
 
 @pytest.mark.parametrize(

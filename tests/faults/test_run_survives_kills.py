@@ -22,11 +22,11 @@ from infra.up import LocalRun, write_run_file
 
 TOY = Path(__file__).parents[2] / "examples" / "toy.yaml"
 QUICK = [
-    "learner.min_steps=50",
+    "learner.min_size_to_sample=50",
     "learner.start_steps=100",
     "learner.checkpoint_every=50",
     "learner.publish_every=25",
-    "learner.max_updates_per_step=1",
+    "learner.samples_per_insert=256",
 ]
 
 

@@ -16,7 +16,7 @@ from fleet.server.releases import ReleaseStore
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
-QUICK = ["learner.min_steps=50", "learner.start_steps=100", "learner.checkpoint_every=50", "learner.publish_every=25"]
+QUICK = ["learner.min_size_to_sample=50", "learner.start_steps=100", "learner.checkpoint_every=50", "learner.publish_every=25"]
 
 
 def fleet(*arguments):

@@ -44,7 +44,7 @@ def run_file(tmp_path):
         ("publish_every: 50", "publish_evry: 50", ["publish_evry", "publish_every"]),
         ("publish_every: 50", "publish_every: soon", ["publish_every", "soon"]),
         ("learner:", "lerner:", ["lerner", "learner"]),
-        ("min_steps: 200", "min_steps: 0", ["min_steps", "min_steps >= 1"]),
+        ("min_size_to_sample: 200", "min_size_to_sample: 0", ["learner.min_size_to_sample = 0", "min_size_to_sample >= 1"]),
         ("family: mlp", "family: mpl", ["mpl", "mlp"]),
         ("name: hg_dagger", "name: hg_daggr", ["hg_daggr", "hg_dagger"]),
         ("horizon: 8", "horizn: 8", ["horizn", "horizon"]),

@@ -21,7 +21,7 @@ SMALL = [
     "demo.episodes=10",
     "demo.curve_releases=1",
     "demo.curve_episodes=5",
-    "learner.min_steps=50",
+    "learner.min_size_to_sample=50",
     "learner.start_steps=100",
 ]
 

@@ -9,7 +9,6 @@ from fleet.errors import DiskFull, LearnerError
 from fleet.journal import read_journal
 from fleet.server.releases import ReleaseStore
 from learner.background import Background
-from learner.pace import Pace
 from tests.learner_toys import (
     BrokenSource,
     MemorySource,
@@ -23,6 +22,18 @@ from tests.learner_toys import (
 
 def journal_of(run, kind):
     return [line for line in read_journal(run.logs / "learner.jsonl") if line["kind"] == kind]
+
+
+def run_until_it_waits(loop):
+    """Runs the loop; returns what it waited for."""
+    seen = []
+
+    def stop():
+        seen.extend([loop.progress.waiting] * bool(loop.progress.waiting))
+        return bool(seen)
+
+    loop.run(stop)
+    return seen[0]
 
 
 def test_a_run_learns_publishes_and_checkpoints(tmp_path):
@@ -91,17 +102,17 @@ def test_the_start_hands_its_weights_to_the_online_algorithm(tmp_path):
     assert ReleaseStore(run.releases).manifest(1).algorithm == "bc"
 
 
-def test_the_learner_waits_for_its_pace_and_says_so(tmp_path):
+def test_the_learner_waits_for_its_ratio_and_says_so_once(tmp_path):
     run = make_run(tmp_path / "run")
     source = MemorySource(100)
-    tables = make_tables(steps=100, start_steps=10, max_updates_per_step=2.0, slack=4)
+    tables = make_tables(steps=100, start_steps=10, samples_per_insert=32, error_buffer=20 * 16)
     progress = []
     loop = make_toy_loop(run, tables, source, progress.append)
     stop = threading.Event()
     thread = threading.Thread(target=loop.run, args=(stop.is_set,))
     thread.start()
     try:
-        for added, expected in ((0, 14), (3, 20), (10, 40)):
+        for added, expected in ((0, 30), (3, 36), (5, 46)):
             source.add(added)
             deadline = time.monotonic() + 5
             while loop.progress.step < expected and time.monotonic() < deadline:
@@ -114,18 +125,46 @@ def test_the_learner_waits_for_its_pace_and_says_so(tmp_path):
         stop.set()
         thread.join(10)
     assert not thread.is_alive()
-    lines = journal_of(run, "waiting")
-    assert 3 <= len(lines) <= 5 and "max_updates_per_step 2" in lines[0]["why"]
-    assert journal_of(run, "checkpoint")[-1]["step"] == 40  # a stopped run keeps what it learnt
+    lines = journal_of(run, "rate")
+    assert [line["state"] for line in lines] == ["learner ahead"] and "samples_per_insert 32" in lines[0]["why"]
+    assert journal_of(run, "waiting") == []
+    assert journal_of(run, "checkpoint")[-1]["step"] == 46  # a stopped run keeps what it learnt
 
 
-def test_pace_counts_from_the_online_part():
-    pace = Pace(2.0, slack=1)
-    pace.begin(update=1000, num_steps=500)
-    assert pace.waits_for(1000, 500) is None and pace.waits_for(1001, 500)
-    assert pace.waits_for(1002, 501) is None and pace.waits_for(1003, 501)
-    assert Pace(0.0, slack=1).waits_for(10**9, 0) is None
-    assert Pace(0.1, slack=1).waits_for(1, 9) and Pace(0.1, slack=1).waits_for(1, 10) is None
+def test_robots_that_are_ahead_are_said_and_not_held(tmp_path):
+    run = make_run(tmp_path / "run")
+    source = MemorySource(100)
+    tables = make_tables(steps=60, start_steps=10, samples_per_insert=16, error_buffer=5 * 16)
+    loop = make_toy_loop(run, tables, source)
+    update = loop._update
+
+    def updating():
+        if loop.progress.step == 13:
+            source.add(30)
+            loop._poll(force=True)
+        update()
+
+    loop._update = updating
+    waited_for = run_until_it_waits(loop)
+    # 5 updates of error buffer, 30 steps: 35 updates online, then the learner waits.
+    assert loop.progress.step == 45 and "waits for robots" in waited_for
+    states = [line["state"] for line in journal_of(run, "rate")]
+    assert states == ["robots ahead", "in range", "learner ahead"]
+
+
+def test_the_ratio_is_counted_from_the_online_part_and_goes_on_after_a_restart(tmp_path):
+    run = make_run(tmp_path / "run")
+    tables = make_tables(steps=100, start_steps=10, checkpoint_every=50, samples_per_insert=16, error_buffer=5 * 16)
+    source = MemorySource(100)
+    loop = make_toy_loop(run, tables, source)
+    run_until_it_waits(loop)
+    assert loop.progress.step == 15 and journal_of(run, "checkpoint")[-1]["step"] == 15
+    source = MemorySource(104)  # four came while nobody trained
+    loop = make_toy_loop(run, tables, source)
+    assert loop.progress.step == 15
+    run_until_it_waits(loop)
+    assert loop.progress.step == 19
+    assert [line["state"] for line in journal_of(run, "rate")] == ["learner ahead"]  # also over the restart
 
 
 def test_the_learner_waits_for_data_of_the_kind_it_needs(tmp_path):

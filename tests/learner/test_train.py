@@ -66,7 +66,7 @@ def test_from_a_log_to_a_release_that_a_robot_can_load(tmp_path):
     assert chunk.actions_BHA.shape == (1, 4, 2) and torch.isfinite(chunk.actions_BHA).all()
     assert (run.logs / "learner.pid").read_text() == str(os.getpid())
     kinds = [line["kind"] for line in read_journal(run.logs / "learner.jsonl")]
-    assert {"sampleable", "update", "published", "checkpoint"} <= set(kinds)
+    assert {"update", "published", "checkpoint"} <= set(kinds)  # sampleable: only what comes while it runs
 
 
 def test_a_resumed_learner_takes_in_what_came_meanwhile(tmp_path):
@@ -84,13 +84,13 @@ def test_a_resumed_learner_takes_in_what_came_meanwhile(tmp_path):
 def test_the_learner_waits_for_its_first_steps(tmp_path):
     run = make_run(tmp_path / "run")
     stop, seen = threading.Event(), []
-    tables = make_tables(min_steps=60)
+    tables = make_tables(min_size_to_sample=60)
     thread = threading.Thread(target=train, args=(run, tables), kwargs={"stop": stop.is_set, "report": seen.append})
     thread.start()
     deadline = time.monotonic() + 10
     while not seen and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert "min_steps is 60" in seen[-1].waiting and seen[-1].step == 0
+    assert "min_size_to_sample is 60" in seen[-1].waiting and seen[-1].step == 0
     with pytest.raises(RunFolderError, match=f"in use by process {os.getpid()}"):  # and nobody else may learn meanwhile
         run_train(run, tables)
     fill(run)
@@ -137,7 +137,8 @@ def test_wrong_tables_name_the_nearest_known_word(table, change, match):
         {"device": "gpu"},
         {"publish_every": 0},
         {"keep_checkpoints": 1},
-        {"slack": 0},
+        {"error_buffer": 0},
+        {"samples_per_insert": -1},
         {"metrics_port": 70000},
     ],
 )

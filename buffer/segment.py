@@ -30,6 +30,7 @@ from fleet.record import SALT_BYTES, Damage, Record, crc32c, pack, packed_size, 
 
 KIND_HEADER = 1
 KIND_FRAGMENT = 2
+BEGIN_BYTES = 256 * 1024
 _NAME = re.compile(r"^(\d{8})-([0-9a-f]{16})\.seg$")
 _STATE = struct.Struct("<4sB3xQ12x")
 _CHECK = struct.Struct("<I")
@@ -182,7 +183,10 @@ class SegmentWriter:
         except StorageError:
             self.broken = True
             raise
-        self.written += sum(len(part) for part in record)
+        length = sum(len(part) for part in record)
+        if length >= BEGIN_BYTES:  # by the time of the fsync most of a large group is on the disk
+            self._files.start_writing(self._fds[0], self.written, length)
+        self.written += length
 
     def sync(self) -> None:
         """Makes all appended fragments durable, then lets readers see them.

@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 from fleet.errors import DiskFull, RunFolderError, StorageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_SYNC_FILE_RANGE_WRITE = 2
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
@@ -48,6 +51,10 @@ class Files:
     def write_at(self, fd: int, data: bytes, offset: int) -> None:
         """Overwrites a few bytes in place."""
         os.pwrite(fd, data, offset)
+
+    def start_writing(self, fd: int, offset: int, length: int) -> None:
+        """Lets the disk begin with these bytes, so that a later ``fsync`` finds less to wait for. Promises nothing."""
+        _begin_writeback(fd, offset, length)
 
     def fsync(self, fd: int) -> None:
         _sync_data(fd)
@@ -99,10 +106,34 @@ class Files:
         self.replace(partial, path)
         self.fsync_dir(path.parent)
 
+    def free_bytes(self, folder: Path) -> int:
+        """Room on the folder's disk for who is not root."""
+        facts = os.statvfs(folder)
+        return facts.f_bavail * facts.f_frsize
+
     def drop_cache(self, fd: int) -> None:
         """Lets the next read come from the disk. Pages of a failed fsync otherwise look as if they had been stored."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _begin_writeback(fd: int, offset: int, length: int) -> None:
+    call = _sync_file_range()
+    if call is not None:
+        call(fd, offset, length, _SYNC_FILE_RANGE_WRITE)  # an error shows at the fsync
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """Linux only; Python's os module does not have it."""
+    import ctypes
+
+    try:
+        call = ctypes.CDLL(None, use_errno=True).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return cast("Callable[[int, int, int, int], int]", call)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,15 @@
 """The log on a disk that loses its power: what was acknowledged is there, once and intact, and work goes on."""
 
+import dataclasses
 import random
 import shutil
+import time
 
 import pytest
 
 from buffer.log import Log
 from buffer.reader import LogReader
+from buffer.retention import Limits, Upkeep
 from fleet.robot import Source
 from tests.buffer.fragments import make_spec
 from tests.faults.disk_model import RecordedDisk, Unsynced, killed
@@ -20,36 +23,87 @@ CUTS_PER_RUN = 25
 def fragment_of(robot, seq):
     """Spec, tables and payload of a number; a resent fragment is the same."""
     rng = random.Random(f"{robot} {seq}")
-    payload = rng.randbytes(64 * rng.choice([1, 9, 30, 200]))
+    payload = rng.randbytes(64 * rng.choice([1, 30, 200, 400]))
     return sorted(SPECS)[min(seq // 20, 2)], {"steps": len(payload)}, payload
 
 
-class Shard:
-    """A log in use, over kills.
+@dataclasses.dataclass
+class Facts:
+    """What is promised from which instant of a disk on (its number of calls), and what retention may take or has taken.
 
     Attributes:
-        acked: (instant of the disk, robot, seq): durable from then on.
-        sealed: From which instant a segment need not be looked at again, by its number.
+        acked: Each (robot, seq) that is durable.
+        sealed: Numbers of segments that need not be looked at again.
+        may_go, gone: Each (robot, seq) that retention was about to give up, and has given up.
     """
+
+    acked: dict = dataclasses.field(default_factory=dict)
+    sealed: dict = dataclasses.field(default_factory=dict)
+    may_go: dict = dataclasses.field(default_factory=dict)
+    gone: dict = dataclasses.field(default_factory=dict)
+
+    def until(self, instant):
+        """Those that hold at an instant."""
+        parts = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return Facts(*({key: 0 for key, when in part.items() if when <= instant} for part in parts))
+
+    def __or__(self, other):
+        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in dataclasses.fields(self))
+        return Facts(*({**later, **earlier} for earlier, later in pairs))
+
+
+class Shard:
+    """A log in use with its retention, over kills."""
 
     def __init__(self, disk, folder, rng):
         self.disk, self.folder, self.rng = disk, folder, rng
-        self.acked, self.sealed, self.log = [], {}, None
+        self.facts, self.log = Facts(), None
+
+    def open(self):
+        NotedLog(self.folder, self.disk, self)
+        self._note_durable()
+        return self.log
 
     def run(self):
         """Works until the disk kills it."""
-        NotedLog(self.folder, self.disk, self)
-        self.acked += [(len(self.disk.ops), robot, self.log.high_water(robot, boot)) for robot, boot in ROBOTS]
+        self.open()
         while True:
-            if self.rng.random() < 0.7:
-                append_next(self.log, *self.rng.choice(ROBOTS))
-            else:
-                newly = self.log.commit()
-                self.acked += [(len(self.disk.ops), robot, seq) for robot, _, seq in newly]
+            self.rng.choice([self.append] * 12 + [self.commit] * 5 + [self.retain] * 2)()
 
     def stop(self):
         if hasattr(self.log, "_lock"):
             self.log._lock.release()
+
+    def append(self):
+        append_next(self.log, *self.rng.choice(ROBOTS))
+
+    def commit(self):
+        self.log.commit()
+        self._note_durable()
+
+    def retain(self):
+        """As the shard's keeper does it, with limits that soon ask for something."""
+        upkeep, limits = Upkeep(self.disk, self.folder), Limits(max_bytes=self.rng.choice([30_000, 80_000]))
+        upkeep.sweep_strays()
+        upkeep.sync(time.time_ns())
+        parts = [(part, part.robot_id) for action in upkeep.plan(limits, time.time_ns()) for part in action.entry.boots]
+        before = set(self._keys())
+        self._note(self.facts.may_go, ((robot, seq) for p, robot in parts for seq in range(p.first_seq, p.last_seq + 1)))
+        upkeep.retire(limits, time.time_ns())
+        self._note(self.facts.gone, before - set(self._keys()))
+        if self.rng.random() < 0.5:
+            upkeep.sweep(0, time.time_ns())
+
+    def _keys(self):
+        return [(record.robot_id, record.seq) for record in LogReader(self.folder).poll()]
+
+    def _note_durable(self):
+        marks = [(robot, self.log.high_water(robot, boot)) for robot, boot in ROBOTS]
+        self._note(self.facts.acked, ((robot, seq) for robot, mark in marks for seq in range(1, mark + 1)))
+
+    def _note(self, facts, keys):
+        for key in keys:
+            facts.setdefault(key, len(self.disk.ops))
 
 
 class NotedLog(Log):
@@ -68,7 +122,7 @@ class NotedLog(Log):
             self._note(segment.name)
 
     def _note(self, name):
-        self.shard.sealed.setdefault(name.number, len(self.shard.disk.ops))
+        self.shard._note(self.shard.facts.sealed, [name.number])
 
 
 def append_next(log, robot, boot):
@@ -80,31 +134,31 @@ def append_next(log, robot, boot):
     log.append(robot, boot, seq, spec_hash, tables, payload, (seq,), episode=seq // 5, steps=steps)
 
 
-def at(facts, instant):
-    """The highest seq by robot of what holds at an instant."""
-    marks = {robot: 0 for robot, _ in ROBOTS}
-    for when, robot, seq in facts:
-        if when <= instant:
-            marks[robot] = max(marks[robot], seq)
-    return marks
+def is_protected(key):
+    return key[1] // 5 % 3 == 0
 
 
-def check(log, folder, acked, sealed):
-    """Each acknowledged fragment is there, once, in order and intact; what the log says is durable is there too."""
-    assert not sealed & {found.name.number for found in log.recovered}, "what was sealed is not looked at again"
+def check(log, folder, facts):
+    """Each acknowledged fragment is there, once, in order and intact, unless retention had to do with it."""
+    assert not facts.sealed.keys() & {found.name.number for found in log.recovered}, "what was sealed is not looked at again"
     assert not any(found.damaged for found in log.recovered), "a power loss damages nothing that counts"
     reader = LogReader(folder)
     records = reader.poll()
-    assert not reader.damaged
+    keys = [(record.robot_id, record.seq) for record in records]
+    assert not reader.damaged and len(set(keys)) == len(keys), "each once"
+    may_go = {key for key in facts.may_go if not is_protected(key)}
+    assert facts.gone.keys() <= may_go, "retention took what is protected"
+    assert not facts.gone.keys() & set(keys), "what was given up is back"
+    assert facts.acked.keys() - may_go <= set(keys), "an acknowledged fragment is gone"
     for robot, boot in ROBOTS:
         mark = log.high_water(robot, boot)
-        assert mark >= acked[robot], f"{robot}: {acked[robot]} was acknowledged, {mark} is there"
+        assert mark >= max((seq for name, seq in facts.acked if name == robot), default=0)
         assert log.last(robot, boot).seq == mark and log.last(robot, boot).note == ((mark,) if mark else ())
-        mine = [record for record in records if record.robot_id == robot]
-        assert [record.seq for record in mine] == list(range(1, mark + 1)), robot
-        for record in mine:
-            assert (record.spec_hash, record.tables, bytes(record.payload)) == fragment_of(robot, record.seq)
-            assert log.spec(record.spec_hash) == SPECS[record.spec_hash]
+        mine = [seq for name, seq in keys if name == robot]
+        assert mine == sorted(mine) and not {*range(1, mark + 1)} - {*mine} - {seq for name, seq in may_go if name == robot}
+    for record in records:
+        assert (record.spec_hash, record.tables, bytes(record.payload)) == fragment_of(record.robot_id, record.seq)
+        assert log.spec(record.spec_hash) == SPECS[record.spec_hash]
     reader.close()
 
 
@@ -113,8 +167,8 @@ def run_shard(folder, rng):
     folder.mkdir()
     disk = RecordedDisk(folder)
     shard = Shard(disk, folder / "run" / "buffer", rng)
-    for _ in range(rng.randrange(2, 6)):
-        with killed(disk, rng, 90):
+    for _ in range(rng.randrange(3, 8)):
+        with killed(disk, rng, 250):
             shard.run()
         shard.stop()
     return shard
@@ -132,20 +186,17 @@ def test_power_loss_keeps_what_was_acknowledged(tmp_path, scale):
             said = f"trial {trial}, {number}: {shard.disk.disk_after(cut, once, rng)}"
             again = Shard(RecordedDisk(once), once / "run" / "buffer", rng)
             try:
-                log = NotedLog(again.folder, again.disk, again)
-                acked, sealed = at(shard.acked, cut), {number for number, when in shard.sealed.items() if when <= cut}
-                check(log, again.folder, acked, sealed)
-                again.acked += [(len(again.disk.ops), robot, log.high_water(robot, boot)) for robot, boot in ROBOTS]
+                facts = shard.facts.until(cut)
+                check(again.open(), again.folder, facts)
                 for _ in range(3):
-                    append_next(log, *rng.choice(ROBOTS))
-                    again.acked += [(len(again.disk.ops), robot, seq) for robot, _, seq in log.commit()]
-                log.close()
+                    again.append()
+                    again.commit()
+                again.retain()
+                again.log.close()
                 second = rng.randrange(len(again.disk.ops) + 1)
                 said += f"; again {again.disk.disk_after(second, twice, rng)}"
                 log = Log(twice / "run" / "buffer", files=Unsynced(), segment_bytes=SEGMENT_BYTES)
-                after = at(again.acked, second)
-                sealed |= {number for number, when in again.sealed.items() if when <= second}
-                check(log, twice / "run" / "buffer", {robot: max(acked[robot], after[robot]) for robot in acked}, sealed)
+                check(log, twice / "run" / "buffer", facts | again.facts.until(second))
                 log.close()
             except BaseException as error:
                 error.add_note(said)

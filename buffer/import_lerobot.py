@@ -239,12 +239,12 @@ def match_tasks(instructions: list[str], catalogue: Mapping[str, Any], given: Ma
     found = {text: given.get(text, by_text.get(_plain(text), "")) for text in instructions}
     lost = sorted(text for text, task in found.items() if task not in catalogue)
     unknown = sorted(set(given) - set(instructions))
-    if lost or unknown:
-        raise DatasetError(
-            f"the dataset's tasks {lost} are not among the run's" if lost else f"the dataset has no task {unknown}",
-            rule=f"the run's tasks are {sorted(catalogue)}, the dataset's {instructions}",
-            remedy=f"--task-map '{(lost or instructions)[0]}=TASK', or add the task to the run",
-        )
+    both = f"the run's tasks are {sorted(catalogue)}, the dataset's {instructions}"
+    if unknown:
+        raise DatasetError(f"the dataset has no task {unknown}", rule=both)
+    if lost:
+        remedy = f"--task-map '{lost[0]}=TASK', or add the task to the run"
+        raise DatasetError(f"the dataset's tasks {lost} are not among the run's", rule=both, remedy=remedy)
     return found
 
 

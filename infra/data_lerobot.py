@@ -28,6 +28,7 @@ from fleet.spec import RobotSpec
 from fleet.spool import SpooledFragment
 from fleet.transport_zmq import ZmqRobotLink
 from infra.enroll import enroll_here
+from infra.supervisor import Child, Supervisor, end_earlier
 from infra.up import lock_run, start_gateway
 
 STALLED_S = 60.0
@@ -203,12 +204,11 @@ def served(run: RunFolder) -> Iterator[tuple[str, Callable[[], None]]]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(contextlib.closing(lock_run(run)))
+            end_earlier(Child("gateway", [], run.logs / "gateway.log"))  # of an import that was killed
             FolderLock(run.buffer, "log").release()
         except RunFolderError:
             yield _local_endpoint(run), lambda: None
             return
-        from infra.supervisor import Supervisor
-
         supervisor = Supervisor()
         stack.callback(supervisor.stop)
         start_gateway(run, supervisor)

@@ -28,13 +28,43 @@ from buffer.segment import (
     read_state_file,
     recover_segment,
 )
-from fleet.errors import SpecError, StorageError
+from fleet.errors import DiskFull, SpecError, StorageError
 from fleet.files import Files, FolderLock, storage_errors
 from fleet.record import packed_size
 from fleet.spec import RobotSpec
 
 SEGMENT_BYTES = 256 * 1024 * 1024
+_LOOK_BYTES, _LOOK_S = 64 * 1024 * 1024, 1.0  # how often the disk is asked for its room
 _KEY_BYTES = 64 * 1024  # more than a FRAGMENT header can carry
+
+
+class _Room:
+    """Refuses what would leave less than ``min_free`` bytes on the disk, which other programs need too.
+
+    The disk is asked once a second or each 64 MiB, and for each fragment while there is no room.
+    """
+
+    def __init__(self, files: Files, folder: Path, min_free: int) -> None:
+        self._files, self._folder, self._min_free = files, folder, min_free
+        self._free, self._until_s = 0, 0.0
+
+    def take(self, length: int) -> None:
+        """Raises DiskFull; nothing was written then."""
+        if not self._min_free:
+            return
+        now_s = time.monotonic()
+        if now_s >= self._until_s or self._free - length < self._min_free:
+            with storage_errors(f"looking at the disk of {self._folder}"):
+                free = self._files.free_bytes(self._folder)
+            # What is written until the next look is counted here: it may reach the disk later.
+            self._free, self._until_s = min(free, self._min_free + _LOOK_BYTES), now_s + _LOOK_S
+        if self._free - length < self._min_free:
+            raise DiskFull(
+                f"{self._free / 1e9:.2f} GB are free on the disk of {self._folder}",
+                rule=f"at least {self._min_free / 1e9:.2f} GB stay free (buffer.min_free_gb)",
+                remedy="free space on this disk, or set buffer.max_gb; robots keep their data and work goes on by itself",
+            )
+        self._free -= length
 
 
 class Log:
@@ -44,6 +74,7 @@ class Log:
         folder: The run's buffer folder.
         files: The seam for file calls.
         segment_bytes: A segment is sealed before it would grow beyond this.
+        min_free_bytes: A fragment that would leave less on the disk is refused before anything of it is written.
 
     Attributes:
         recovered: Segments that the last writer had left unsealed, with what was found in them.
@@ -53,7 +84,9 @@ class Log:
         StorageError: The disk cannot be read, or does not confirm what is already there.
     """
 
-    def __init__(self, folder: Path, *, files: Files | None = None, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(
+        self, folder: Path, *, files: Files | None = None, segment_bytes: int = SEGMENT_BYTES, min_free_bytes: int = 0
+    ) -> None:
         self._files, self._segment_bytes = files or Files(), segment_bytes
         self._folder, self._specs_folder = folder, folder / "specs"
         with storage_errors(f"opening the log in {folder}"):
@@ -62,6 +95,7 @@ class Log:
             self._files.make_folders(self._specs_folder)
             self._files.fsync_dir(self._specs_folder)
             self._lock = FolderLock(folder, "log")
+        self._room = _Room(self._files, folder, min_free_bytes)
         self._specs: dict[str, RobotSpec] = {}
         self._active: SegmentWriter | None = None
         self._unreported: set[BootKey] = set()
@@ -152,7 +186,8 @@ class Log:
             steps: How many steps it has of each fleet.robot.Source, by the source's number; retention goes by it.
 
         Raises:
-            DiskFull: No room. Earlier fragments of the group are unaffected; try again when there is room.
+            DiskFull: No room, or less than ``min_free_bytes`` would be left. Earlier fragments of the group are unaffected;
+                try again when there is room.
             StorageError: The disk failed.
         """
         key = {
@@ -166,6 +201,7 @@ class Log:
             "episode": episode,
             "steps": tuple(steps),
         }
+        self._room.take(packed_size(_KEY_BYTES, len(payload)))
         if self._active is not None and not self._active.fits(_KEY_BYTES, len(payload)):
             self._end_segment()
         if self._active is None:

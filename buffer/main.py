@@ -8,19 +8,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fleet.config import load_run
 from fleet.errors import ConfigError, FleetError, PolicyError
 from fleet.files import Files
+from fleet.lookup import nearest
 from fleet.runfolder import RunFolder
 from fleet.spec import RobotSpec
+
+if TYPE_CHECKING:
+    from buffer.retention import Limits
 
 log = logging.getLogger("fleet.gateway")
 
@@ -39,6 +44,52 @@ class GatewayConfig:
     def check(self) -> None:
         if not self.bind.startswith("tcp://") or not self.bind.rpartition(":")[2].isdigit():
             raise ConfigError(f"bind = {self.bind!r}", rule="tcp://HOST:PORT", remedy="for example tcp://0.0.0.0:7447")
+
+
+@dataclasses.dataclass
+class BufferConfig:
+    max_gb: float = 0.0
+    """The oldest data is given up when the buffer grows beyond this; 0: no limit."""
+    max_age_h: float = 0.0
+    """Data received longer ago is given up; 0: no limit."""
+    protect: list[str] = dataclasses.field(default_factory=lambda: ["demo", "operator"])
+    """Whole episodes with a step of these sources are kept whatever the limits say: demo, operator, policy, script."""
+    grace_s: float = 60.0
+    """Between the decision to give data up and the deletion of its files; readers need a part of it to notice."""
+    warn_free_gb: float = 5.0
+    """With less room on the disk the gateway warns."""
+    min_free_gb: float = 1.0
+    """With less room on the disk nothing more is stored: robots keep their data until there is room again."""
+    segment_mb: int = 256
+    """Size of one file of the log."""
+
+    def check(self) -> None:
+        from buffer.manifest import SOURCES
+
+        for name in ("max_gb", "max_age_h", "grace_s", "warn_free_gb", "min_free_gb"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} = {getattr(self, name)}", rule="a finite number, 0 or more")
+        if not 1 <= self.segment_mb <= 4096:
+            raise ConfigError(f"segment_mb = {self.segment_mb}", rule="1 to 4096")
+        for source in self.protect:
+            if source not in SOURCES:
+                raise ConfigError(f"protect = {self.protect}", rule=f"sources of {SOURCES}", remedy=nearest(source, SOURCES))
+        if 0 < self.max_gb * 1000 < 4 * self.segment_mb:
+            raise ConfigError(
+                f"max_gb = {self.max_gb}",
+                rule=f"at least 4 files of segment_mb = {self.segment_mb}, because whole files are given up",
+                remedy=f"max_gb={4 * self.segment_mb / 1000:g}, or a smaller segment_mb",
+            )
+        if self.warn_free_gb < self.min_free_gb:
+            raise ConfigError(
+                f"warn_free_gb = {self.warn_free_gb}",
+                rule=f"at least min_free_gb = {self.min_free_gb}: the warning comes first",
+            )
+
+    def limits(self) -> Limits:
+        from buffer.retention import Limits
+
+        return Limits(int(self.max_gb * 1e9), int(self.max_age_h * 3600e9), tuple(self.protect))
 
 
 def endpoint_file(run: RunFolder) -> Path:
@@ -127,13 +178,21 @@ class Catalogue(Mapping[str, Any]):
         return len(self._read())
 
 
-def serve(run: RunFolder, config: GatewayConfig, registry_address: str, prefix: str, stop: threading.Event) -> None:
+def serve(
+    run: RunFolder,
+    config: GatewayConfig,
+    buffer: BufferConfig,
+    registry_address: str,
+    prefix: str,
+    stop: threading.Event,
+) -> None:
     """Serves one shard until ``stop`` is set.
 
     Raises:
         FleetError: The address is taken, another process writes this log, or the disk cannot be used.
     """
     from buffer.ingest import Ingest
+    from buffer.keeper import Keeper
     from buffer.log import Log
     from fleet.metrics import GATEWAY, MeteredJournal, Metrics
     from fleet.server.gateway import Gateway
@@ -145,7 +204,15 @@ def serve(run: RunFolder, config: GatewayConfig, registry_address: str, prefix: 
     metrics = Metrics(GATEWAY)
     journal = MeteredJournal(run.logs / "gateway.jsonl", metrics)
     releases = ReleaseStore(run.releases)
-    shard = Log(run.buffer)
+    shard = Log(run.buffer, segment_bytes=buffer.segment_mb * 1_000_000, min_free_bytes=int(buffer.min_free_gb * 1e9))
+    keeper = Keeper(
+        run.buffer,
+        buffer.limits(),
+        grace_s=buffer.grace_s,
+        warn_free_bytes=int(buffer.warn_free_gb * 1e9),
+        journal=journal,
+        metrics=metrics,
+    )
     link = ZmqServerLink(bind_address(run, config), run.keys)
     registry = Registry(registry_address, prefix)
 
@@ -174,25 +241,29 @@ def serve(run: RunFolder, config: GatewayConfig, registry_address: str, prefix: 
     port = metrics.serve(config.metrics_port)
     facts = {"endpoint": advertised(link.endpoint, config), "bound": link.endpoint, "metrics_port": port}
     Files().write_atomic(endpoint_file(run), json.dumps(facts).encode())
+    keeper.start()
     try:
         gateway.run(stop)
     finally:
         link.close()
+        keeper.close()
         shard.close()
         registry.close()
 
 
 def main() -> None:
+    from fleet.server.memory import keep_freed_memory
     from fleet.server.registry import RegistryConfig, registry_url
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    keep_freed_memory()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda signum, frame: stop.set())
     try:
         run = RunFolder.open(Path(sys.argv[1]))
-        tables = load_run(run.config, {"gateway": GatewayConfig, "registry": RegistryConfig})
-        serve(run, tables["gateway"], registry_url(run.registry, run.config), tables["registry"].prefix, stop)
+        tables = load_run(run.config, {"gateway": GatewayConfig, "buffer": BufferConfig, "registry": RegistryConfig})
+        serve(run, tables["gateway"], tables["buffer"], registry_url(run.registry, run.config), tables["registry"].prefix, stop)
     except FleetError as error:
         log.error("%s", error)
         sys.exit(2)

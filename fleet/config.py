@@ -27,6 +27,7 @@ KNOWN_TABLES = frozenset(
         "operator",
         "actor",
         "gateway",
+        "buffer",
         "registry",
         "learner",
         "policy",

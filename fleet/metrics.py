@@ -67,6 +67,11 @@ GATEWAY = (
     Metric("fleet_durable_latency", "histogram", "seconds", (), "Step executed until durable", _LATENCY_S),
     Metric("fleet_loaded_latency", "histogram", "seconds", (), "Release published until in a robot's policy", _LATENCY_S),
     Metric("fleet_commit", "histogram", "seconds", (), "One group commit with its fsync", _SHORT_S),
+    Metric("fleet_disk_free", "gauge", "bytes", (), "Room on the disk of the buffer"),
+    Metric("fleet_buffer_stored", "gauge", "bytes", (), "Segments of the buffer that count"),
+    Metric("fleet_buffer_retired", "counter", "bytes", ("why",), "Given up by retention: age, bytes"),
+    Metric("fleet_buffer_damaged", "gauge", "", (), "Segments of the buffer with damage in them"),
+    Metric("fleet_keeper_errors", "counter", "", (), "Rounds of the buffer's keeper that met an error"),
     Metric("fleet_disk_full", "counter", "", (), "Group commits and fragments that found no room on the disk"),
 )
 LEARNER = (
@@ -214,8 +219,13 @@ def _resumed(metrics: Metrics, fields: Mapping[str, Any]) -> None:
     metrics.set("fleet_learner_checkpoint_step", fields["step"])
 
 
+def _retired(metrics: Metrics, fields: Mapping[str, Any]) -> None:
+    metrics.add("fleet_buffer_retired", max(int(fields["frees"]), 0), why=fields["why"])
+
+
 _FACTS = {
     "durable": _durable,
+    "retired": _retired,
     "episode": _episode,
     "loaded": _loaded,
     "sampleable": _sampleable,

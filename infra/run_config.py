@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import TABLES as ACTOR_TABLES
-from buffer.main import GatewayConfig
+from buffer.main import BufferConfig, GatewayConfig
 from fleet.config import load_run
 from fleet.errors import ConfigError
 from fleet.runfolder import RunFolder
@@ -27,7 +27,13 @@ class RunConfig:
             )
 
 
-PROCESS_TABLES: dict[str, type] = {"run": RunConfig, "gateway": GatewayConfig, "registry": RegistryConfig, **ACTOR_TABLES}
+PROCESS_TABLES: dict[str, type] = {
+    "run": RunConfig,
+    "gateway": GatewayConfig,
+    "buffer": BufferConfig,
+    "registry": RegistryConfig,
+    **ACTOR_TABLES,
+}
 
 
 def load_tables(path: Path, overrides: list[str]) -> dict[str, Any]:

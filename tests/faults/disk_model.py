@@ -190,6 +190,11 @@ class RecordedDisk(Files):
 
     # What is left
 
+    def instant(self, rng: random.Random) -> int:
+        """When the power may go: at any call, or before a folder is synced, where the most can be lost."""
+        syncs = [at for at, op in enumerate(self.ops) if isinstance(op, SyncFolder)]
+        return rng.choice(syncs) if syncs and rng.random() < 0.5 else rng.randrange(len(self.ops) + 1)
+
     def disk_after(self, cut: int, target: Path, rng: random.Random) -> str:
         """Builds in ``target`` one of the disks that a power loss after the first ``cut`` calls may leave.
 

@@ -15,7 +15,7 @@ from tests.buffer.fragments import make_spec
 from tests.faults.disk_model import RecordedDisk, Unsynced, killed
 
 ROBOTS = (("r1", "a" * 16), ("r2", "b" * 16))
-SPECS = {spec.hash: spec for spec in (make_spec(state_size=size) for size in (3, 4, 5))}
+SPECS = {spec.hash: spec for spec in (make_spec(state_size=size) for size in range(1, 13))}
 SEGMENT_BYTES = 16_000  # and 64 kB of room for keys: a few fragments each
 CUTS_PER_RUN = 25
 
@@ -24,7 +24,7 @@ def fragment_of(robot, seq):
     """Spec, tables and payload of a number; a resent fragment is the same."""
     rng = random.Random(f"{robot} {seq}")
     payload = rng.randbytes(64 * rng.choice([1, 30, 200, 400]))
-    return sorted(SPECS)[min(seq // 20, 2)], {"steps": len(payload)}, payload
+    return sorted(SPECS)[seq // 4 % len(SPECS)], {"steps": len(payload)}, payload
 
 
 @dataclasses.dataclass
@@ -181,7 +181,7 @@ def test_power_loss_keeps_what_was_acknowledged(tmp_path, scale):
         rng = random.Random(trial)
         shard = run_shard(tmp_path / "disk", rng)
         for number in range(CUTS_PER_RUN):
-            cut = rng.randrange(len(shard.disk.ops) + 1)
+            cut = shard.disk.instant(rng)
             once, twice = tmp_path / "once", tmp_path / "twice"
             said = f"trial {trial}, {number}: {shard.disk.disk_after(cut, once, rng)}"
             again = Shard(RecordedDisk(once), once / "run" / "buffer", rng)
@@ -193,7 +193,7 @@ def test_power_loss_keeps_what_was_acknowledged(tmp_path, scale):
                     again.commit()
                 again.retain()
                 again.log.close()
-                second = rng.randrange(len(again.disk.ops) + 1)
+                second = again.disk.instant(rng)
                 said += f"; again {again.disk.disk_after(second, twice, rng)}"
                 log = Log(twice / "run" / "buffer", files=Unsynced(), segment_bytes=SEGMENT_BYTES)
                 check(log, twice / "run" / "buffer", facts | again.facts.until(second))

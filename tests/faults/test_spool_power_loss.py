@@ -184,7 +184,7 @@ def test_power_loss_keeps_what_was_flushed(tmp_path, scale):
         rng = random.Random(trial)
         robot = run_robot(tmp_path / "run", rng)
         for number in range(CUTS_PER_RUN):
-            cut = rng.randrange(len(robot.disk.ops) + 1)
+            cut = robot.disk.instant(rng)
             once, twice, facts = tmp_path / "once", tmp_path / "twice", []
             said = f"trial {trial}, {number}: {robot.disk.disk_after(cut, once, rng)}"
             disk = RecordedDisk(once)
@@ -193,7 +193,7 @@ def test_power_loss_keeps_what_was_flushed(tmp_path, scale):
                 check(robot, spool, cut, tmp_path / "buffer")
                 go_on(spool, disk, robot, facts)
                 spool._lock.release()
-                second = rng.randrange(len(disk.ops) + 1)
+                second = disk.instant(rng)
                 said += f"; again {disk.disk_after(second, twice, rng)}"
                 flushed = [(cut, boot, seq) for when, boot, seq in facts if when <= second]
                 spool = Spool(twice / "robot" / "spool", max_bytes=BIG, files=Unsynced())

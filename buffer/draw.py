@@ -146,7 +146,7 @@ class _Leaf:
 
     def prefer(self, count: int, accept: Accept | None, cached: Accept, rng: np.random.Generator) -> np.ndarray:
         """At most ``count`` steps by the leaf's rule restricted to cached ones."""
-        steps = self.pick(_CACHED_TRIES * count, rng)
+        steps: np.ndarray = self.pick(_CACHED_TRIES * count, rng)
         steps = steps[np.asarray(cached(steps), bool)]
         if accept is not None and len(steps):
             steps = steps[rng.random(len(steps)) < accept(steps)]

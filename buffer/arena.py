@@ -2,7 +2,7 @@
 
 Small rows are read through the map. Large ones (raw frames) are read from the page cache with ``preadv``: as fast as a
 copy out of a map whose pages are there, faster than out of one whose pages are not, and they do not count as resident.
-What the maps make resident is bounded: every ``budget`` bytes the pages are handed back; they stay in the page cache.
+What the maps make resident is bounded: at ``budget`` bytes their pages are handed back; they stay in the page cache.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import pyarrow as pa
 from fleet.errors import StorageError
 
 LARGE_ROW = 4096  # bytes from which on a row is copied by itself
-_FAULT = 65536  # bytes that become resident around a row that is read through a map
+_FAULT_BITS = 16  # 64 KiB become resident around a row that is read through a map
 
 
 class Arena:
@@ -37,6 +37,7 @@ class Arena:
     def __init__(self, bytes: np.ndarray, path: Path | None = None, map: mmap.mmap | None = None) -> None:
         self.bytes, self._map = bytes, map
         self.path = path
+        self._faulted = np.zeros((len(bytes) >> _FAULT_BITS) + 1, bool)
         self._fd = -1
         if path is not None and hasattr(os, "preadv"):
             with contextlib.suppress(FileNotFoundError):  # retired since it was mapped
@@ -47,34 +48,57 @@ class Arena:
     def of_buffer(cls, buffer: pa.Buffer) -> Arena:
         return cls(np.frombuffer(buffer, np.uint8))
 
-    def read_rows(self, at: Iterable[int], rows: Iterable[memoryview]) -> None:
-        """Copies the bytes from each offset on into a row.
+    def read_rows(self, at: list[int], out: memoryview, rows: list[int], row_bytes: int) -> None:
+        """Copies ``row_bytes`` from each offset on into a row of ``out``.
 
         Raises:
             StorageError: The disk cannot be read, or the file has become shorter.
         """
         if self._fd < 0:
+            into = np.frombuffer(out, np.uint8).reshape(-1, row_bytes)
             for start, row in zip(at, rows, strict=True):
-                np.frombuffer(row, np.uint8)[:] = self.bytes[start : start + len(row)]
+                into[row] = self.bytes[start : start + row_bytes]
             return
         fd, preadv = self._fd, os.preadv
-        try:
+        with self._reading():
             for start, row in zip(at, rows, strict=True):
-                if preadv(fd, (row,), start) != len(row):
-                    raise StorageError(f"{self.path} ends before byte {start + len(row)}", rule="a segment is never cut")
+                if preadv(fd, (out[row * row_bytes : (row + 1) * row_bytes],), start) != row_bytes:
+                    raise StorageError(f"{self.path} ends before byte {start + row_bytes}", rule="a segment is never cut")
+
+    def touch(self, at: np.ndarray) -> int:
+        """Notes offsets that were read through the map; returns how many more bytes of it are resident now."""
+        if self._map is None:
+            return 0
+        places = at >> _FAULT_BITS
+        new = np.unique(places[~self._faulted[places]])
+        self._faulted[new] = True
+        return len(new) << _FAULT_BITS
+
+    def read(self, start: int, end: int) -> bytes:
+        """A copy of some bytes.
+
+        Raises:
+            StorageError: The disk cannot be read.
+        """
+        if self._fd < 0:
+            return self.bytes[start:end].tobytes()
+        with self._reading():
+            return os.pread(self._fd, max(end - start, 0), start)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise StorageError(
                 f"reading {self.path} failed: {error}", rule="the segments can be read", remedy="look at this disk's errors"
             ) from error
 
-    def slice(self, start: int, end: int) -> np.ndarray:
-        """A view of some bytes."""
-        return self.bytes[start:end]
-
     def forget(self) -> None:
         """Hands back the pages of the map."""
         if self._map is not None and hasattr(self._map, "madvise"):
             self._map.madvise(mmap.MADV_DONTNEED)
+            self._faulted[:] = False
 
 
 class Residency:
@@ -97,21 +121,23 @@ class Residency:
         for arena in arenas:
             arena.forget()
 
-    def touched_rows(self, num_rows: int, arenas: Iterable[Arena]) -> None:
-        """So many rows in different places."""
-        self.touched(num_rows * _FAULT, arenas)
 
+def take(arenas: tuple[Arena, ...], arena_N: np.ndarray, at_N: np.ndarray, dtype: np.dtype[Any], out: np.ndarray) -> int:
+    """Reads rows of ``dtype`` from byte offsets in their arenas into ``out`` (N, size), C contiguous.
 
-def take(arenas: tuple[Arena, ...], arena_N: np.ndarray, at_N: np.ndarray, dtype: np.dtype[Any], out: np.ndarray) -> None:
-    """Rows of ``dtype`` from byte offsets in their arenas into ``out`` (N, size), C contiguous."""
-    size, num_rows = out.shape[1], len(out)
+    Returns:
+        How many more bytes are resident.
+
+    Raises:
+        StorageError: The disk cannot be read.
+    """
+    size, num_rows, resident = out.shape[1], len(out), 0
     row_bytes = size * dtype.itemsize
     if row_bytes >= LARGE_ROW:
         view = out.reshape(-1).view(np.uint8).data
-        rows = [view[start : start + row_bytes] for start in range(0, num_rows * row_bytes, row_bytes)]
         for arena, members in _by_arena(arena_N):
-            arenas[arena].read_rows(at_N[members].tolist(), [rows[i] for i in members.tolist()])
-        return
+            arenas[arena].read_rows(at_N[members].tolist(), view, members.tolist(), row_bytes)
+        return 0
     items, within = at_N // dtype.itemsize, np.arange(size)
     for arena, members in _by_arena(arena_N):
         data = arenas[arena].bytes
@@ -120,6 +146,8 @@ def take(arenas: tuple[Arena, ...], arena_N: np.ndarray, at_N: np.ndarray, dtype
             np.take(values, items[:, None] + within, out=out, mode="clip")
         else:
             out[members] = values[items[members, None] + within]
+        resident += arenas[arena].touch(at_N[members])
+    return resident
 
 
 def _by_arena(arena_N: np.ndarray) -> list[tuple[int, np.ndarray]]:

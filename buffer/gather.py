@@ -107,31 +107,32 @@ class _Reader:
     def read(self, name: str, read: Read) -> np.ndarray:
         feature = read.feature
         array = self.allocate(name, (*read.shape, *feature.shape), feature.np_dtype)
-        rows = array.reshape(-1, *feature.shape)
-        if not np.shares_memory(rows, array):
+        if not array.flags.c_contiguous:
             raise ValueError(f"the array for {name!r} is not C contiguous")
+        rows = array.reshape(-1, *feature.shape)
         if read.offsets_at_N is None:
             stored = np.dtype(np.uint8) if feature.dtype == "bool" else feature.np_dtype
-            take(self.arenas, read.arena_N, read.at_N, stored, rows.reshape(len(rows), -1).view(stored))
+            resident = take(self.arenas, read.arena_N, read.at_N, stored, rows.reshape(len(rows), -1).view(stored))
+            self.residency.touched(resident, self.arenas)
         elif self.cache is None:
             decode_row = self._decoder(read)
             for i in range(len(rows)):
                 decode_row(i, rows[i])
         else:
             self.cache.rows(read.column, read.steps_N, rows, self._decoder(read))
-        self.residency.touched_rows(read.shape[0], self.arenas)
         return array
 
     def _decoder(self, read: Read) -> Callable[[int, np.ndarray], None]:
         assert read.offsets_at_N is not None
         pair_N2 = np.empty((len(read.steps_N), 2), np.int32)
-        take(self.arenas, read.arena_N, read.offsets_at_N, pair_N2.dtype, pair_N2)
+        resident = take(self.arenas, read.arena_N, read.offsets_at_N, pair_N2.dtype, pair_N2)
+        self.residency.touched(resident, self.arenas)
         starts = read.at_N[:, None] + pair_N2
 
         def decode_row(i: int, row: np.ndarray) -> None:
             arena = self.arenas[read.arena_N[i]]
             try:
-                row[:] = decode(read.feature, arena.slice(starts[i, 0], starts[i, 1]).tobytes())
+                row[:] = decode(read.feature, arena.read(int(starts[i, 0]), int(starts[i, 1])))
             except FleetError as error:
                 raise StorageError(
                     f"{read.column} at byte {starts[i, 0]} of {arena.path}: {error.what}",
@@ -160,7 +161,7 @@ def _replay(draw: Draw) -> dict[str, np.ndarray]:
 
 def _open(arena: Arena, at: int, length: int) -> pa.RecordBatch:
     try:
-        with pa.ipc.open_stream(pa.py_buffer(arena.slice(at, at + length))) as stream:
+        with pa.ipc.open_stream(pa.py_buffer(arena.read(at, at + length))) as stream:
             batch = stream.read_next_batch()
         batch.validate(full=True)
     except (pa.ArrowException, StopIteration, OSError) as error:

@@ -16,13 +16,13 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from buffer.columns import Column
 from buffer.episodes import EpisodeTable
+from buffer.intake import Chunks, Runs, rows_by_fragment
 from buffer.parts import ABSENT, IndexPart
 from fleet.batch import Within
 from fleet.robot import Source
@@ -176,7 +176,7 @@ class StepIndex:
         first_step: int,
     ) -> None:
         """Fragment by fragment: episodes, links to the boot's other fragments, versions of its steps."""
-        rows, chunks, runs = _rows_by_fragment(part), _Chunks(part), _Runs(steps, num_steps)
+        rows, chunks, runs = rows_by_fragment(part), Chunks(part), Runs(steps, num_steps)
         version, chunk = np.full(len(steps["source"]), -1), np.full(len(steps["source"]), -1)
         operator = np.cumsum([0, *(steps["source"] == Source.OPERATOR)]).tolist()
         columns = (part.fragments[name].tolist() for name in ("boot", "seq", "episode_id", "first_frame"))
@@ -339,45 +339,3 @@ class StepIndex:
                 now_B = then_B if within is Within.BOOT else np.where(inside_B, then_B, now_B)
                 steps_BW[:, w], inside_BW[:, w] = now_B, inside_B
         return Walk(steps_BW, inside_BW, back)
-
-
-class _Runs:
-    """Runs of steps of a fragment that one policy call proposed and one source acted in, as plain numbers."""
-
-    def __init__(self, steps: Mapping[str, np.ndarray], num_steps: np.ndarray) -> None:
-        chunk_id, source, ends = steps["chunk_id"], steps["source"], np.cumsum(num_steps)
-        starts = np.zeros(len(chunk_id), bool)
-        starts[(ends - num_steps)[num_steps > 0]] = True
-        starts[1:] |= (chunk_id[1:] != chunk_id[:-1]) | (source[1:] != source[:-1])
-        first = np.flatnonzero(starts)
-        self._first = [*first.tolist(), len(chunk_id)]
-        self._chunk_id, self._source = chunk_id[first].tolist(), source[first].tolist()
-        self._begin = np.searchsorted(first, ends - num_steps).tolist()
-        self._end = np.searchsorted(first, ends).tolist()
-
-    def of_fragment(self, fragment: int) -> Iterator[tuple[int, int, int, int]]:
-        """(first step, end, chunk_id, source)."""
-        for n in range(self._begin[fragment], self._end[fragment]):
-            if self._chunk_id[n] >= 0:
-                yield self._first[n], self._first[n + 1], self._chunk_id[n], self._source[n]
-
-
-class _Chunks:
-    """Policy calls of each fragment, as plain numbers."""
-
-    def __init__(self, part: IndexPart) -> None:
-        columns = (part.chunks[name].tolist() for name in ("row", "chunk_id", "version"))
-        self._rows = list(zip(*columns, strict=True))
-        self._begin = np.searchsorted(part.chunks["fragment"], np.arange(part.num_fragments + 1)).tolist()
-
-    def of_fragment(self, fragment: int) -> list[tuple[int, int, int]]:
-        """(row, chunk_id, version)."""
-        return self._rows[self._begin[fragment] : self._begin[fragment + 1]]
-
-
-def _rows_by_fragment(part: IndexPart) -> dict[int, list[tuple[str, dict[str, Any]]]]:
-    found: dict[int, list[tuple[str, dict[str, Any]]]] = {}
-    for name, table in (("episodes", part.episodes), ("labels", part.labels)):
-        for row in table.to_pylist():
-            found.setdefault(row["fragment"], []).append((name, row))
-    return found

@@ -14,31 +14,31 @@ Shape suffixes: B batch, H actions in a window, W steps of a walk.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from buffer import sidecar
 from buffer.arena import Arena, Residency
 from buffer.draw import draw_windows
-from buffer.gather import Allocate, Draw, ImageCache, Read, gather
+from buffer.gather import Allocate, Draw, ImageCache, gather
 from buffer.index import StepIndex
 from buffer.ingest import latencies_ms
 from buffer.log import load_spec
-from buffer.parts import ABSENT, TERMINATED, TRUNCATED, IndexPart, PartBuilder, rewritten
+from buffer.parts import IndexPart, PartBuilder, rewritten
 from buffer.reader import LogReader, LogRecord, SegmentMap
-from buffer.returns import Returns
+from buffer.windows import WindowMaker
 from fleet.batch import BatchNeeds, Windows
 from fleet.errors import FleetError, FragmentRefused, SpecError
 from fleet.journal import Journal
 from fleet.robot import Source
 from fleet.schema import decode_fragment
-from fleet.spec import ACTION, Feature, RobotSpec
+from fleet.spec import RobotSpec
 
 MAPPED_BYTES = 2 << 30  # resident pages of the maps before they are handed back
 
@@ -73,13 +73,11 @@ class Sampler:
         self._reader = LogReader(folder, replacements=True)
         self._labels = LogReader(folder / "labels")
         self.index = StepIndex(task_names)
+        self._maker = WindowMaker(self.index)
         self._residency = Residency(mapped_bytes)
         self._arenas: tuple[Arena, ...] = ()
         self._segments: dict[int, _Taken] = {}
         self._replaced: set[int] = set()
-        self._specs: dict[str, RobotSpec] = {}
-        self._features: dict[str, Feature] = {}
-        self._returns: dict[float, Returns] = {}
         self._num_damaged = self._num_new = 0
         self._caught_up = False  # once, with all that there was
         self.skipped_fragments: dict[str, int] = {}
@@ -92,7 +90,7 @@ class Sampler:
     @property
     def specs(self) -> list[RobotSpec]:
         """Specs of the robots whose steps were read."""
-        return list(self._specs.values())
+        return list(self._maker.specs.values())
 
     @property
     def skipped_steps(self) -> int:
@@ -155,9 +153,9 @@ class Sampler:
         names = set(needs.filter.tasks or self.index.task_names)
         tasks = {number for number, name in enumerate(self.index.task_names) if name in names}
         pools = {key: pool.view for key, pool in self.index.pools.items() if key[1] in tasks}
-        accept = self._filter(needs, max(newest_version, self.index.newest_version) if newest_version < 0 else newest_version)
+        accept = self._filter(needs, newest_version if newest_version >= 0 else self.index.newest_version)
         steps_B = draw_windows(pools, needs, accept, None, np.random.default_rng([self._seed, step]))
-        return self._windows(steps_B, needs, step)
+        return self._maker.make(steps_B, needs, step, self.position, self._arenas)
 
     def gather(self, draw: Draw, out: Allocate | None = None) -> Windows:
         """Reads the windows of a draw. From any thread, also while others poll and draw.
@@ -174,7 +172,8 @@ class Sampler:
         """All windows at every ``stride``-th frame of these episodes (``index.episodes``), in order."""
         steps = [self.index.steps_of(number) for number in episodes]
         every = [s[self.index.frame(s) % stride == 0] for s in steps]
-        return self._windows(np.concatenate([np.empty(0, np.int64), *every]), needs, -1)
+        steps_B = np.concatenate([np.empty(0, np.int64), *every])
+        return self._maker.make(steps_B, needs, -1, self.position, self._arenas)
 
     def close(self) -> None:
         self._reader.close()
@@ -223,15 +222,12 @@ class Sampler:
         """By fragment, whether its spec is there."""
         known = np.ones(len(part.specs), bool)
         for i, spec_hash in enumerate(part.specs):
-            if spec_hash not in self._specs:
-                try:
+            if spec_hash not in self._maker.specs:
+                with contextlib.suppress(FleetError):
                     spec = load_spec(self._folder, spec_hash)
-                except FleetError:
-                    spec = None
-                known[i] = spec is not None
-                if spec is not None:
-                    self._specs[spec_hash] = spec
-                    self._features.clear()
+                    if spec is not None:
+                        self._maker.add_spec(spec_hash, spec)
+                known[i] = spec_hash in self._maker.specs
         usable: np.ndarray = known[part.fragments["spec"]]
         if not usable.all():  # a spec is stored before its data: only a damaged file brings us here
             code = SpecError.code
@@ -290,90 +286,6 @@ class Sampler:
             return kept
 
         return accept
-
-    def _windows(self, steps_B: np.ndarray, needs: BatchNeeds, step: int) -> Draw:
-        """What is known of the windows at these steps, and what is to be read."""
-        index, horizon = self.index, needs.horizon
-        back, forward = max(0, -min(needs.offsets)), max(horizon - 1, *needs.offsets)
-        walk = index.walk(steps_B, back, forward, needs.within)
-        window = slice(back, back + horizon)
-        steps_BH, mask_BH = walk.steps_BW[:, window], walk.inside_BW[:, window]
-        others = sorted(offset for offset in needs.offsets if offset)
-        return Draw(
-            needs=needs,
-            step=step,
-            position=self.position,
-            arenas=self._arenas,
-            facts={
-                "inside_at": {offset: walk.inside_BW[:, back + offset].copy() for offset in others},
-                "mask_BH": mask_BH.copy(),
-                **self._facts(steps_B, needs.discount),
-                **self._rewards(steps_BH, mask_BH),
-            },
-            obs=self._reads(needs.observations, steps_B),
-            obs_at={offset: self._reads(needs.observations, walk.steps_BW[:, back + offset]) for offset in others},
-            actions=self._reads((ACTION,), steps_BH)[ACTION],
-            chunks_B=index.chunks_of(steps_B),
-        )
-
-    def _rewards(self, steps_BH: np.ndarray, mask_BH: np.ndarray) -> dict[str, np.ndarray]:
-        flags_BH = np.where(mask_BH, self.index.flags[steps_BH], 0)
-        return {
-            "rewards_BH": np.where(mask_BH, self.index.reward[steps_BH], np.float32(0)),
-            "terminated_BH": (flags_BH & TERMINATED).astype(bool),
-            "truncated_BH": (flags_BH & TRUNCATED).astype(bool),
-        }
-
-    def _facts(self, steps_B: np.ndarray, discount: float) -> dict[str, Any]:
-        index, episodes = self.index, self.index.episodes
-        fragment_B = index.fragment[steps_B]
-        episode_B, frame_B = index.episode[fragment_B], index.frame(steps_B)
-        returns = self._returns.setdefault(discount, Returns(index, discount))
-        return {
-            "source_B": index.source[steps_B],
-            "task_B": index.task[fragment_B].astype(np.int64),
-            "version_B": index.version[steps_B],
-            "step_B": steps_B,
-            "episode_B": episode_B.astype(np.int64),
-            "frame_B": frame_B,
-            "steps_to_go_B": np.where(episodes.finished[episode_B], episodes.length[episode_B] - frame_B, -1),
-            "outcome_B": episodes.outcome[episode_B],
-            "return_B": returns.of(steps_B),
-            "weight_B": np.ones(len(steps_B), np.float32),
-        }
-
-    def _reads(self, names: Sequence[str], steps: np.ndarray) -> dict[str, Read]:
-        index, steps_N = self.index, steps.reshape(-1)
-        fragment_N = index.fragment[steps_N]
-        row_N, arena_N = index.row(steps_N, fragment_N), index.arena[fragment_N]
-        reads = {}
-        for name in names:
-            feature = self._feature(name)
-            at_N, offsets_at_N = index.places_of(name, fragment_N)
-            if (at_N == ABSENT).any() or (offsets_at_N is None) != (feature.codec == "raw"):
-                raise SpecError(f"steps of this log lack {name!r}", rule="fragments have the columns of their spec")
-            if offsets_at_N is None:
-                at_N = at_N + row_N * (feature.size * feature.np_dtype.itemsize)
-            else:
-                offsets_at_N = offsets_at_N + 4 * row_N
-            reads[name] = Read(feature, name, steps.shape, steps_N, arena_N, at_N, offsets_at_N)
-        return reads
-
-    def _feature(self, name: str) -> Feature:
-        """The feature that all specs of this log agree on."""
-        if name in self._features:
-            return self._features[name]
-        features = {spec.features.get(name) for spec in self._specs.values()}
-        kinds = {None if f is None else (f.dtype, f.shape, f.codec) for f in features}
-        feature = next(iter(features), None)
-        if len(kinds) != 1 or feature is None:
-            raise SpecError(
-                f"feature {name!r} is {sorted(str(kind) for kind in kinds)} in this log",
-                rule="all robots of a batch have the same dtype, shape and codec of what is asked for",
-                remedy="ask for features that all robots have, or train robot types in separate runs",
-            )
-        self._features[name] = feature
-        return feature
 
 
 @dataclasses.dataclass

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fleet.errors import FleetError
+from infra.command import AsJson, RunPath, clear_errors
+from infra.data import app as data_app
 
 app = typer.Typer(
     name="fleet",
@@ -21,22 +19,9 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at a run's configuration.")
 app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to override, as table.key=value.", show_default=False)]
-RunPath = Annotated[Path, typer.Argument(help="A run's folder, for example runs/demo.")]
-
-
-@contextlib.contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Errors of ours end as a few plain lines and exit code 2."""
-    try:
-        yield
-    except FleetError as error:
-        typer.secho(f"error: {error.what}", fg="red", err=True)
-        for label, text in (("rule", error.rule), ("remedy", error.remedy)):
-            if text:
-                typer.echo(f"{label}: {text}", err=True)
-        sys.exit(2)
 
 
 def _log_to_stderr() -> None:
@@ -53,7 +38,7 @@ def up(
 ) -> None:
     """Start a learner cluster: gateway, buffer, registry and learner. Ctrl-C stops it; --resume goes on."""
     _log_to_stderr()
-    with _clear_errors():
+    with clear_errors():
         from infra.up import up as start
 
         start(source, overrides or [], resume=resume, runs=runs, address=address)
@@ -67,7 +52,7 @@ def enroll(
     endpoint: Annotated[str, typer.Option(help="Address of the gateway as the robot sees it; default: where it listens.")] = "",
 ) -> None:
     """Register a robot: writes its one credential file. Copy it to the robot and run `fleet join FILE` there."""
-    with _clear_errors():
+    with clear_errors():
         from infra.enroll import enroll as register
 
         path = register(run, robot_id, out or Path(f"{robot_id}.yaml"), endpoint)
@@ -86,7 +71,7 @@ def revoke(
     run: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/demo"),
 ) -> None:
     """Take a robot's permission away; a live connection is cut within a second. Its data stays."""
-    with _clear_errors():
+    with clear_errors():
         from fleet.identity import revoke as take_away
         from fleet.runfolder import RunFolder
 
@@ -102,7 +87,7 @@ def join(
 ) -> None:
     """Drive a robot: stream what it does, act by the newest policy, obey the operator. Ctrl-C takes leave."""
     _log_to_stderr()
-    with _clear_errors():
+    with clear_errors():
         from actors.main import join as drive
 
         shown = ["actor.demonstrate=true", f"actor.num_episodes={demonstrate}", "operator.settings.mode=demonstrate"]
@@ -117,7 +102,7 @@ def sim(
 ) -> None:
     """Start simulated robots beside a run, enrolled and connected like real ones. Ctrl-C stops them."""
     _log_to_stderr()
-    with _clear_errors():
+    with clear_errors():
         from infra.sim import run_sims
 
         run_sims(run, num, overrides or [])
@@ -126,10 +111,10 @@ def sim(
 @app.command()
 def status(
     run: RunPath,
-    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show robots, learner and releases of a run."""
-    with _clear_errors():
+    with clear_errors():
         from infra.status import show_status
 
         show_status(run, as_json)
@@ -143,7 +128,7 @@ def evaluate(
     workers: Annotated[int, typer.Option(help="Processes.")] = 2,
 ) -> None:
     """Test a release on held-out starts in simulation; prints success by task with 95 % intervals."""
-    with _clear_errors():
+    with clear_errors():
         from infra.evaluation import evaluate_release, print_table
 
         print_table(evaluate_release(run, release, episodes, workers))
@@ -158,7 +143,7 @@ def demo(
     config: Annotated[Path | None, typer.Option(help="A run file in place of the built-in one.")] = None,
 ) -> None:
     """A whole fleet on this machine: demonstrations, start policy, 4 simulated robots, corrections, report."""
-    with _clear_errors():
+    with clear_errors():
         from infra.demo import run_demo
 
         settings = list(overrides or [])
@@ -170,7 +155,7 @@ def demo(
 @app.command()
 def report(run: RunPath) -> None:
     """Write the run's report (report/index.html) from its journals."""
-    with _clear_errors():
+    with clear_errors():
         from fleet.runfolder import RunFolder
         from infra.report import write_report
 
@@ -183,7 +168,7 @@ def check(
     overrides: Overrides = None,
 ) -> None:
     """Check a run file without starting anything."""
-    with _clear_errors():
+    with clear_errors():
         from infra.run_config import check_run_file
 
         for line in check_run_file(file, overrides or []):

@@ -45,6 +45,7 @@ HOMES = {
     "torch": r"algorithms/.*|learner/.*|actors/policy_runner\.py|infra/evaluat\w+\.py",
     "safetensors": r"algorithms/.*|learner/.*|actors/policy_runner\.py|infra/evaluat\w+\.py",
 }
+COMMAND_LINE = ("infra/cli.py", "infra/command.py", "infra/data.py")
 ADAPTERS = re.compile(r"fleet/server/.*|actors/(robots|operators)/(?!__init__).*|.*_lerobot\.py")
 MAX_RSS_MB = 110
 
@@ -55,7 +56,7 @@ def python_files() -> list[str]:
 
 def robot_files() -> list[str]:
     side = [p for p in python_files() if p.startswith(("fleet/", "actors/")) and not ADAPTERS.fullmatch(p)]
-    return [*side, "infra/cli.py"]
+    return [*side, *COMMAND_LINE]
 
 
 def imports(path: str) -> Iterator[tuple[str, int, bool]]:
@@ -95,9 +96,10 @@ def wrong_imports(path: str) -> list[str]:
             wrong.append(f"{here}: an actor runs without the server's files")
         if top in HOMES and not re.fullmatch(HOMES[top], path):
             wrong.append(f"{here}: the home of {top} is {HOMES[top]}")
-        if top in ("torch", "safetensors") and at_import and (folder in ("fleet", "actors") or path == "infra/cli.py"):
+        if top in ("torch", "safetensors") and at_import and (folder in ("fleet", "actors") or path in COMMAND_LINE):
             wrong.append(f"{here}: the robot side loads {top} inside functions")
-        if path == "infra/cli.py" and at_import and top in FOLDERS and not module.startswith(("fleet.errors", "fleet.spec")):
+        shared = ("fleet.errors", "fleet.spec", "infra.command.", "infra.data.")
+        if path in COMMAND_LINE and at_import and top in FOLDERS and not module.startswith(shared):
             wrong.append(f"{here}: each command imports what it needs itself")
     return wrong
 

@@ -1,10 +1,13 @@
+import time
+
 import numpy as np
 import pytest
 
 from buffer.log import Log
 from buffer.reader import LogReader
 from buffer.segment import list_segments, read_state_file
-from fleet.errors import RunFolderError, SpecError
+from fleet.errors import DiskFull, RunFolderError, SpecError
+from fleet.files import Files
 from tests.buffer.fragments import make_spec
 
 TABLES = {"steps": 64}
@@ -117,6 +120,75 @@ def test_a_lost_state_file_is_rebuilt_from_the_segment(tmp_path):
     log = Log(tmp_path)
     assert log.high_water("r1", "b1") == 4 and read_state_file(name.state_path) == before
     assert len(log.recovered) == 1 and log.recovered[0].num_fragments == 4
+
+
+def test_a_damaged_header_of_the_newest_segment_forgets_nothing(tmp_path):
+    log = Log(tmp_path, segment_bytes=150_000)
+    fill(log, 1, 1, robot="old")
+    for seq in range(1, 41):
+        fill(log, seq, seq, size=9_000)
+        log.commit()
+    log.close()
+    newest = list_segments(tmp_path)[-1]
+    with newest.path.open("r+b") as file:
+        file.write(b"\0" * 8)
+    log = Log(tmp_path)
+    assert log.high_water("r1", "b1") == 40 and log.high_water("old", "b1") == 1
+
+
+def test_opening_after_a_kill_scans_only_what_was_not_sealed(tmp_path, monkeypatch):
+    import buffer.segment as segment
+
+    log = Log(tmp_path, segment_bytes=150_000)
+    for seq in range(1, 101):
+        fill(log, seq, seq, size=9_000)
+        log.commit()
+    log._lock.release()  # what a kill -9 leaves
+    scanned, real = [], segment.scan
+    monkeypatch.setattr(segment, "scan", lambda data, *rest, **more: scanned.append(len(data)) or real(data, *rest, **more))
+    again = Log(tmp_path)
+    assert again.high_water("r1", "b1") == 100 and len(again.recovered) == 1
+    assert len(list_segments(tmp_path)) > 8 and len(scanned) == 2, "the unsealed one to find its end, then for its marks"
+
+
+class Disk(Files):
+    """Says how much room there is, and counts how often it was asked."""
+
+    def __init__(self, free):
+        self.free, self.asked = free, 0
+
+    def free_bytes(self, folder):
+        self.asked += 1
+        return self.free
+
+
+def test_what_would_leave_too_little_room_is_refused_before_it_is_written_until_there_is_room(tmp_path):
+    disk = Disk(10**9 + 10**6)
+    log = Log(tmp_path, files=disk, min_free_bytes=10**9)
+    fill(log, 1, 3)
+    assert log.commit() == [("r1", "b1", 3)]
+    fill(log, 4, 4)
+    with pytest.raises(DiskFull, match=r"1\.00 GB are free.*min_free_gb"):
+        fill(log, 5, 5, size=2_000_000)
+    (name,) = list_segments(tmp_path)
+    assert log.commit() == [("r1", "b1", 4)], "earlier fragments of the group are not affected"
+    disk.free = 10**8
+    with pytest.raises(DiskFull):
+        fill(log, 5, 5, size=950_000)
+    assert log.last("r1", "b1").seq == 4 and log.commit() == []
+    disk.free = 10**10
+    fill(log, 5, 5, size=2_000_000)
+    assert log.commit() == [("r1", "b1", 5)]
+    assert keys(LogReader(tmp_path).poll())[-1] == ("r1", "b1", 5) and list_segments(tmp_path) == [name]
+
+
+def test_the_disk_is_asked_once_a_second_or_each_64_mib(tmp_path):
+    disk, started = Disk(10**12), time.monotonic()
+    log = Log(tmp_path, files=disk, min_free_bytes=10**9)
+    fill(log, 1, 200, size=100)
+    for seq in range(201, 281):
+        fill(log, seq, seq, size=10**6)
+    assert 2 <= disk.asked <= 2 + (time.monotonic() - started)
 
 
 def test_append_does_not_depend_on_what_is_stored(tmp_path):

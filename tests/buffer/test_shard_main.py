@@ -2,7 +2,9 @@ import json
 
 import pytest
 
-from buffer.main import Catalogue, GatewayConfig, accepts_beside, accepts_policy, advertised, bind_address
+from buffer.main import BufferConfig, Catalogue, GatewayConfig, accepts_beside, accepts_policy, advertised, bind_address
+from buffer.retention import Limits
+from fleet.config import load_run
 from fleet.errors import ConfigError, PolicyError
 from fleet.runfolder import RunFolder
 from fleet.spec import Feature, RobotSpec
@@ -44,6 +46,30 @@ def test_the_address_for_robots_can_differ_from_the_bound_one():
 def test_an_address_without_a_port_is_refused():
     with pytest.raises(ConfigError, match="HOST:PORT"):
         GatewayConfig(bind="tcp://localhost").check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_gb": -1.0}, "max_gb = -1.*0 or more"),
+        ({"max_age_h": float("nan")}, "max_age_h = nan"),
+        ({"min_free_gb": float("inf"), "warn_free_gb": float("inf")}, "inf"),
+        ({"max_gb": 0.5}, "max_gb = 0.5.*at least 4 files.*max_gb=1.024"),
+        ({"protect": ["operater"]}, "protect.*did you mean 'operator'"),
+        ({"warn_free_gb": 0.5}, "warn_free_gb = 0.5.*min_free_gb = 1.0"),
+        ({"segment_mb": 0}, "segment_mb = 0"),
+    ],
+)
+def test_what_the_buffer_cannot_do_is_refused_with_value_and_rule(changes, said):
+    BufferConfig().check()
+    with pytest.raises(ConfigError, match=said):
+        BufferConfig(**changes).check()
+
+
+def test_the_limits_of_the_buffer_are_in_the_units_that_their_names_say(tmp_path):
+    (tmp_path / "run.yaml").write_text("buffer: {max_gb: 2.5, max_age_h: 48, protect: [demo]}\n")
+    config = load_run(tmp_path / "run.yaml", {"buffer": BufferConfig})["buffer"]
+    assert config.limits() == Limits(2_500_000_000, 48 * 3600 * 10**9, ("demo",))
 
 
 def test_tasks_are_read_anew_and_a_broken_file_leaves_the_last_good_one(tmp_path):

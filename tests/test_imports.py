@@ -45,7 +45,7 @@ HOMES = {
     "torch": r"algorithms/.*|learner/.*|actors/policy_runner\.py|infra/evaluat\w+\.py",
     "safetensors": r"algorithms/.*|learner/.*|actors/policy_runner\.py|infra/evaluat\w+\.py",
 }
-COMMAND_LINE = ("infra/cli.py", "infra/command.py", "infra/data.py")
+COMMAND_LINE = ("infra/cli.py", "infra/command.py", "infra/data.py", "infra/data_dataset.py")
 ADAPTERS = re.compile(r"fleet/server/.*|actors/(robots|operators)/(?!__init__).*|.*_lerobot\.py")
 MAX_RSS_MB = 110
 
@@ -98,7 +98,7 @@ def wrong_imports(path: str) -> list[str]:
             wrong.append(f"{here}: the home of {top} is {HOMES[top]}")
         if top in ("torch", "safetensors") and at_import and (folder in ("fleet", "actors") or path in COMMAND_LINE):
             wrong.append(f"{here}: the robot side loads {top} inside functions")
-        shared = ("fleet.errors", "fleet.spec", "infra.command.", "infra.data.")
+        shared = ("fleet.errors", "fleet.spec", "infra.command.", "infra.data.", "infra.data_dataset.")
         if path in COMMAND_LINE and at_import and top in FOLDERS and not module.startswith(shared):
             wrong.append(f"{here}: each command imports what it needs itself")
     return wrong

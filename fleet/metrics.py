@@ -54,6 +54,7 @@ GATEWAY = (
     Metric("fleet_fragments", "counter", "", ("robot",), "Fragments taken in"),
     Metric("fleet_fragment_payload", "counter", "bytes", ("robot",), "Payload of the fragments taken in"),
     Metric("fleet_duplicates", "counter", "", ("robot",), "Fragments that came again and were not kept twice"),
+    Metric("fleet_clock_jumps", "counter", "", ("robot",), "Wall clock of a robot that jumped or is ahead of ours"),
     Metric("fleet_refused", "counter", "", ("robot", "code"), "Messages refused, by the code of the error"),
     Metric("fleet_interventions", "counter", "", ("robot", "task"), "Steps in which an operator acted, of closed episodes"),
     Metric("fleet_episodes", "counter", "", ("task", "outcome"), "Episodes closed"),
@@ -80,6 +81,10 @@ LEARNER = (
     Metric("fleet_learner_loss", "gauge", "", (), "Loss of the newest report"),
     Metric("fleet_sampleable_latency", "histogram", "seconds", (), "Step executed until the learner can sample it", _LATENCY_S),
     Metric("fleet_learner_data_wait", "counter", "seconds", (), "Time that the learner waited for data"),
+    Metric("fleet_learner_batches_ready", "gauge", "", (), "Batches that are ready before the learner asks for them"),
+    Metric("fleet_learner_image_cache_hits", "counter", "", (), "Images of batches that were there decoded"),
+    Metric("fleet_learner_image_cache_misses", "counter", "", (), "Images of batches that had to be decoded"),
+    Metric("fleet_learner_image_cache", "gauge", "bytes", (), "Memory that holds decoded images"),
     Metric("fleet_learner_release", "gauge", "", (), "Version of the newest release published"),
     Metric("fleet_learner_checkpoint_step", "gauge", "", (), "Step of the newest checkpoint"),
     Metric("fleet_buffer_steps", "gauge", "", ("source",), "Steps that can be sampled, by who acted"),
@@ -182,6 +187,8 @@ def _durable(metrics: Metrics, fields: Mapping[str, Any]) -> None:
     by_source = fields.get("steps") or {"unknown": len(latencies_ms)}
     for source, num_steps in by_source.items():
         metrics.add("fleet_steps_ingested", num_steps, robot=fields["robot"], source=source)
+    if fields.get("clock_jumps"):
+        metrics.add("fleet_clock_jumps", fields["clock_jumps"], robot=fields["robot"])
 
 
 def _episode(metrics: Metrics, fields: Mapping[str, Any]) -> None:

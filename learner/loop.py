@@ -26,6 +26,7 @@ from fleet.robot import Source
 from learner.background import Background
 from learner.checkpoint import Checkpoint, Checkpoints, freeze
 from learner.engine import Engine
+from learner.feed import Upload
 from learner.progress import Progress
 from learner.publisher import Publisher, describe, snapshot
 
@@ -35,13 +36,15 @@ REPORT_S = 0.5
 
 
 class BatchSource(Protocol):
-    """Where batches come from: ``buffer.sampler.Sampler``."""
+    """Where batches come from: ``buffer.prefetch.Prefetcher``, or ``buffer.sampler.Sampler`` itself."""
 
     def poll(self) -> int: ...
 
     def num_steps(self, source: Source | None = None) -> int: ...
 
-    def batch(self, needs: BatchNeeds, step: int) -> Windows: ...
+    def batch(self, needs: BatchNeeds, step: int, newest_version: int = -1) -> Windows:
+        """Its arrays may be overwritten from the next call on."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Loop:
         self._source, self._instructions_KE = source, instructions_KE.to(device)
         self._phases, self._settings, self._device, self._limiter = phases, settings, device, limiter
         self._publisher, self._checkpoints, self._report, self._write = publisher, checkpoints, report, write
+        self._upload = Upload(device)
         self._phase = -1
         self._windows: Windows
         self._algorithm: Algorithm | None = None
@@ -199,8 +203,8 @@ class Loop:
             needs = self._trained()[0].needs
             try:
                 with self._timed("sample"):
-                    self._windows = self._source.batch(needs, self.progress.step)
-                self._limiter.sample(needs.batch_size)
+                    self._upload.wait()
+                    self._windows = self._source.batch(needs, self.progress.step, self.progress.release or -1)
             except NoData as error:
                 why = f"the learner waits for data: {error.what}"
                 if not self.progress.waiting.startswith("the learner waits for data"):
@@ -221,6 +225,7 @@ class Loop:
         self._seed_torch(step)
         with self._timed("prepare"), torch.no_grad():
             batch = algorithm.prepare(self._to_batch(self._windows))
+        self._limiter.sample(algorithm.needs.batch_size)
         stats: dict[str, float] = {}
         with self._timed("update"):
             for part in algorithm.parts:
@@ -243,12 +248,13 @@ class Loop:
             torch.cuda.manual_seed(seed)
 
     def _to_batch(self, windows: Windows) -> Batch:
-        obs = {name: torch.as_tensor(value).to(self._device) for name, value in windows.obs.items()}
-        task_B = torch.as_tensor(windows.task_B).to(self._device).long()
+        upload = self._upload
+        obs = {name: upload(value) for name, value in windows.obs.items()}
+        task_B = upload(windows.task_B).long()
         obs[INSTRUCTION] = self._instructions_KE[task_B]
-        actions_BHA = torch.as_tensor(windows.actions_BHA).to(self._device)
-        mask_BH = torch.as_tensor(windows.mask_BH).to(self._device)
-        return Batch(obs, actions_BHA, mask_BH, torch.as_tensor(windows.source_B).to(self._device), task_B)
+        batch = Batch(obs, upload(windows.actions_BHA), upload(windows.mask_BH), upload(windows.source_B), task_B)
+        upload.end()
+        return batch
 
     def _keep_up(self) -> None:
         """What is due between two updates."""
@@ -289,14 +295,14 @@ class Loop:
                 **self._settings.meta,
                 "phase": self._phase,
                 "algorithm": algorithm.name,
-                "release": self._publisher.version,
                 "num_steps": self.progress.num_steps,
                 "rate": self._limiter.counts(),
             }
-            checkpoint, checkpoints = Checkpoint(step, meta, state), self._checkpoints
+            checkpoints, publisher = self._checkpoints, self._publisher
 
             def job() -> tuple[str, dict[str, Any]]:
-                checkpoints.save(checkpoint)
+                # The release that was submitted before is out now: its number must be in here.
+                checkpoints.save(Checkpoint(step, {**meta, "release": publisher.version}, state))
                 return "checkpoint", {"step": step}
 
             self._background.submit("checkpoint", job)

@@ -43,6 +43,12 @@ class LearnerConfig:
     With batches of 256, 256 is one update for each step."""
     error_buffer: float = 51200.0
     """Windows that the learner may be ahead of that ratio before it waits; robots are never held. 200 batches of 256."""
+    prefetch_depth: int = 2
+    """Batches that are made ahead of the one that is trained on; 0: each when it is needed."""
+    prefetch_workers: int = 1
+    """Threads that read and decode them."""
+    image_cache_mb: int = 512
+    """Memory for decoded images; 0: each is decoded whenever it is drawn."""
     micro_batch: int = 0
     """Samples in one backward pass; 0: the whole batch."""
     max_grad_norm: float = 0.0
@@ -62,6 +68,9 @@ class LearnerConfig:
             "checkpoint_every": (self.checkpoint_every >= 1, "checkpoint_every >= 1"),
             "keep_checkpoints": (self.keep_checkpoints >= 2, "keep_checkpoints >= 2, so that one may be damaged"),
             "keep_releases": (self.keep_releases == 0 or self.keep_releases >= 10, "0, or at least 10"),
+            "prefetch_depth": (0 <= self.prefetch_depth <= 64, "0 <= prefetch_depth <= 64"),
+            "prefetch_workers": (1 <= self.prefetch_workers <= 64, "1 <= prefetch_workers <= 64"),
+            "image_cache_mb": (self.image_cache_mb >= 0, "image_cache_mb >= 0"),
             "micro_batch": (self.micro_batch >= 0, "micro_batch >= 0"),
             "max_grad_norm": (self.max_grad_norm >= 0, "max_grad_norm >= 0"),
             "num_threads": (self.num_threads >= 0, "num_threads >= 0"),

@@ -7,7 +7,8 @@ import dataclasses
 
 @dataclasses.dataclass
 class Progress:
-    """How far the run is. ``seconds``: time on the loop's thread by what it was spent on, since this process began."""
+    """How far the run is. ``seconds``: time on the loop's thread by what it was spent on, since this process began;
+    ``feed``: how its batches are made, by name."""
 
     step: int = 0
     steps: int = 0
@@ -21,3 +22,4 @@ class Progress:
     num_replaced: int = 0
     stats: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    feed: dict[str, float] = dataclasses.field(default_factory=dict)

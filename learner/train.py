@@ -15,6 +15,8 @@ import torch
 
 from algorithms.base import Algorithm
 from algorithms.policies.registry import FAMILIES, build
+from buffer.image_cache import ImageCache
+from buffer.prefetch import Prefetcher
 from buffer.sampler import Sampler
 from fleet.batch import BatchNeeds
 from fleet.errors import LearnerError, NoData, RunFolderError
@@ -27,6 +29,7 @@ from fleet.server.releases import ReleaseStore
 from fleet.spec import RobotSpec
 from learner.checkpoint import Checkpoint, Checkpoints
 from learner.engine import Engine, TorchEngine
+from learner.feed import allocator
 from learner.loop import POLL_S, BatchSource, Loop, LoopSettings, Phase
 from learner.main import LearnerConfig, PolicyConfig, algorithm_class
 from learner.progress import Progress
@@ -57,13 +60,18 @@ def train(run: RunFolder, tables: Mapping[str, Any], *, stop: Callable[[], bool]
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         tasks = json.loads((run.path / "tasks.json").read_text())
-        sampler = Sampler(run.buffer, list(tasks), config.seed, journal)
+        cache = ImageCache(config.image_cache_mb << 20)
+        sampler = Sampler(run.buffer, list(tasks), config.seed, journal, cache=cache)
         stack.callback(sampler.close)
+        arrays = allocator(choose_device(config.device))
+        feed = Prefetcher(sampler, depth=config.prefetch_depth, workers=config.prefetch_workers, allocate=arrays)
+        stack.callback(feed.close)
+        report = _with_feed(report, feed, cache)
         if not wait_for_data(sampler, config.min_size_to_sample, stop, report, journal):
             return Progress(steps=config.steps)
         specs = sampler.specs
         embeddings_KE = torch.tensor([task["embedding"] for task in tasks.values()], dtype=torch.float32)
-        loop = make_loop(run, tables, sampler, specs, embeddings_KE, journal, report)
+        loop = make_loop(run, tables, sampler, specs, embeddings_KE, journal, report, feed=feed)
         return loop.run(stop)
 
 
@@ -75,8 +83,14 @@ def make_loop(
     instructions_KE: torch.Tensor,
     journal: Journal,
     report: Report,
+    *,
+    feed: BatchSource | None = None,
 ) -> Loop:
-    """The loop at the newest checkpoint, or at the beginning."""
+    """The loop at the newest checkpoint, or at the beginning.
+
+    Args:
+        feed: What makes the source's batches ahead; None: the source itself.
+    """
     config: LearnerConfig = tables["learner"]
     device = choose_device(config.device)
     checkpoints = Checkpoints(run.checkpoints, keep=config.keep_checkpoints)
@@ -102,7 +116,7 @@ def make_loop(
     )
     publisher = Publisher(store, keep=config.keep_releases)
     loop = Loop(
-        source,
+        feed or source,
         instructions_KE,
         make_phases(policy, tables, device),
         settings,
@@ -238,6 +252,20 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def _with_feed(report: Report, feed: Prefetcher, cache: ImageCache) -> Report:
+    def tell(progress: Progress) -> None:
+        stats = cache.stats()
+        progress.feed = {
+            "batches_ready": feed.num_ready,
+            "image_cache_hits": stats.hits,
+            "image_cache_misses": stats.misses,
+            "image_cache_bytes": stats.bytes,
+        }
+        report(progress)
+
+    return tell
+
+
 def _instruments(run: RunFolder, config: LearnerConfig, report: Report) -> tuple[Journal, Report]:
     """Journal and report of this process; writes down who it is. Metrics are fed here and nowhere else."""
     path = run.logs / "learner.jsonl"
@@ -251,11 +279,18 @@ def _instruments(run: RunFolder, config: LearnerConfig, report: Report) -> tuple
         journal.close()
         journal = MeteredJournal(path, metrics)
         waited = [0.0]
+        counted = {"image_cache_hits": 0.0, "image_cache_misses": 0.0}
 
         def tell(progress: Progress) -> None:
-            wait_s = progress.seconds.get("wait", 0.0)
+            wait_s = progress.seconds.get("wait", 0.0) + progress.seconds.get("sample", 0.0)
             metrics.add("fleet_learner_data_wait", max(wait_s - waited[0], 0.0))
             waited[0] = wait_s
+            for name, value in progress.feed.items():
+                if name in counted:
+                    metrics.add(f"fleet_learner_{name}", value - counted[name])
+                    counted[name] = value
+                else:
+                    metrics.set(f"fleet_learner_{name.removesuffix('_bytes')}", value)
             for source, num_steps in progress.by_source.items():
                 metrics.set("fleet_buffer_steps", num_steps, source=source)
             report(progress)

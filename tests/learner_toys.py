@@ -50,7 +50,7 @@ class MemorySource:
     def num_steps(self, source: Source | None = None) -> int:
         return self._visible if source in (None, Source.DEMO) else 0
 
-    def batch(self, needs: BatchNeeds, step: int) -> Windows:
+    def batch(self, needs: BatchNeeds, step: int, newest_version: int = -1) -> Windows:
         if not self._visible or all(Source.DEMO not in group for group in needs.shares):
             raise NoData("no step of these sources")
         rng = np.random.default_rng((self._seed, step, self._visible))
@@ -87,7 +87,7 @@ class BrokenSource(MemorySource):
 
     broken_at = 10
 
-    def batch(self, needs: BatchNeeds, step: int) -> Windows:
+    def batch(self, needs: BatchNeeds, step: int, newest_version: int = -1) -> Windows:
         windows = super().batch(needs, step)
         if step >= self.broken_at:
             windows.obs["observation.state"][0] = np.nan

@@ -1,0 +1,101 @@
+"""From the log to tensors: no copy in between on the CPU, and prefetching changes nothing but the time."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from buffer.prefetch import Prefetcher
+from buffer.sampler import Sampler
+from fleet.batch import BatchNeeds
+from fleet.errors import LearnerError
+from fleet.robot import Source
+from learner.checkpoint import Checkpoints
+from learner.feed import Upload, allocator
+from learner.train import train
+from tests.learner.test_train import fill, run_train
+from tests.learner_toys import make_run, make_tables
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "uint8", "int64", "bool", "int16"])
+def test_arrays_share_memory_with_their_tensors(dtype):
+    array = allocator(CPU)("actions", (3, 4, 2), np.dtype(dtype))
+    assert array.shape == (3, 4, 2) and array.dtype == dtype and array.flags.c_contiguous and array.flags.writeable
+    assert Upload(CPU)(array).data_ptr() == array.ctypes.data
+    assert allocator(CPU)("empty", (0, 3), np.dtype(dtype)).shape == (0, 3)
+
+
+def test_a_batch_of_the_log_is_gathered_where_its_tensors_lie(tmp_path):
+    run = make_run(tmp_path / "run")
+    fill(run)
+    made = {}
+
+    def allocate(name, shape, dtype):
+        made.setdefault(name, []).append(allocator(CPU)(name, shape, dtype))
+        return made[name][-1]
+
+    sampler = Sampler(run.buffer, ["left", "right"], 0)
+    prefetcher = Prefetcher(sampler, depth=2, allocate=allocate)
+    try:
+        prefetcher.poll()
+        for step in range(12):
+            windows = prefetcher.batch(BatchNeeds(16, 4, ("observation.state",), {(Source.DEMO,): 1.0}), step)
+            tensor = Upload(CPU)(windows.obs["observation.state"])
+            assert tensor.data_ptr() in {array.ctypes.data for array in made["observation.state"]}
+            assert Upload(CPU)(windows.actions_BHA).data_ptr() in {array.ctypes.data for array in made["actions"]}
+    finally:
+        prefetcher.close()
+        sampler.close()
+    assert len(made["actions"]) <= 4
+
+
+def test_prefetching_changes_no_weight(tmp_path):
+    states = []
+    for name, options in {"plain": {"prefetch_depth": 0}, "ahead": {"prefetch_depth": 3, "prefetch_workers": 2}}.items():
+        run = make_run(tmp_path / name)
+        fill(run)
+        progress, seen = run_train(run, make_tables(**options))
+        assert progress.step == 40
+        states.append(Checkpoints(run.checkpoints, keep=3).newest().state)
+        assert seen[-1].feed["batches_ready"] <= options["prefetch_depth"]
+    plain, ahead = (state["parts"]["policy"] for state in states)
+    assert plain and all(torch.equal(plain[name], ahead[name]) for name in plain)
+
+
+def test_no_thread_is_left_when_training_fails(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    fill(run)
+    gather, calls = Sampler.gather, []
+
+    def broken(self, draw, out=None):
+        calls.append(draw.step)
+        if draw.step == 7:
+            raise OSError(5, "the disk is gone")
+        return gather(self, draw, out)
+
+    monkeypatch.setattr(Sampler, "gather", broken)
+    with pytest.raises(LearnerError, match=r"batch of step 7 failed.*the disk is gone") as caught:
+        train(run, make_tables(), stop=lambda: False, report=lambda progress: None)
+    assert isinstance(caught.value.__cause__, OSError) and max(calls) > 7
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("buffer-")]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_fetches_from_page_locked_arrays():
+    device = torch.device("cuda")
+    array = allocator(device)("observation.images.top", (256, 128, 128, 3), np.dtype("uint8"))
+    upload = Upload(device)
+    assert torch.from_numpy(array).is_pinned()
+    for value in range(50):
+        upload.wait()
+        array[:] = value
+        tensor = upload(array)
+        upload.end()
+        if value % 10 == 0:
+            assert int(tensor.min()) == int(tensor.max()) == value
+    upload.wait()
+    array[:] = 255
+    assert int(tensor.max()) == 49

@@ -19,21 +19,28 @@ from buffer.log import Log
 from fleet.errors import FragmentRefused, StorageError
 from fleet.journal import Journal
 from fleet.robot import Source
-from fleet.schema import Fragment, check_fragment, decode_fragment
+from fleet.schema import OUTCOMES, Fragment, check_fragment, decode_fragment
 from fleet.spec import RobotSpec
 
 BootKey = tuple[str, str]
 
+_JUMP_NS = 1_000_000_000  # clocks that differ by less are taken as right
+_OLDEST_NS = 30 * 24 * 3600 * 1_000_000_000  # what has waited in a spool for longer is no latency
+
 
 @dataclasses.dataclass
 class IngestStats:
-    """Counters since the start. steps: durable steps by (robot, name of the source). Refused and duplicate: fragments."""
+    """Counters since the start. steps: durable steps by (robot, name of the source). Refused and duplicate: fragments.
+
+    clock_jumps: how often the wall clock of a robot went another way than its monotonic clock, or was impossible.
+    """
 
     steps: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
     fragments: int = 0
     bytes: int = 0
     duplicates: int = 0
     refused: int = 0
+    clock_jumps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +69,7 @@ class _Pending:
     seq: int
     num_bytes: int
     time_ns: np.ndarray
+    mono_ns: np.ndarray
     sources: np.ndarray
     episodes: tuple[dict[str, Any], ...]
 
@@ -79,6 +87,7 @@ class Ingest:
         self._log, self._journal = log, journal
         self._pending: list[_Pending] = []
         self._again: set[BootKey] = set()
+        self._ahead_ns: dict[BootKey, int] = {}  # wall clock minus monotonic clock of the newest step
         self._admitted: dict[str, RobotSpec] = {}  # by robot: the spec of its last HELLO
 
     def admit(self, robot_id: str, boot_id: str, spec: RobotSpec) -> int:
@@ -177,13 +186,23 @@ class Ingest:
         by_source = {source_name(int(s)): int(n) for s, n in zip(*np.unique(item.sources, return_counts=True), strict=True)}
         for source, count in by_source.items():
             self.stats.steps[robot, source] += count
+        jumps = self._clock_jumps(item, now_ns) if len(item.time_ns) else 0
+        self.stats.clock_jumps += jumps
         if self._journal is None:
             return
         if len(item.time_ns):
-            latency_ms = latencies_ms(item.time_ns, now_ns)
-            self._journal.write("durable", robot=robot, boot=boot, seq=item.seq, latency_ms=latency_ms, steps=by_source)
+            facts = {"latency_ms": latencies_ms(item.time_ns, now_ns), "steps": by_source, "clock_jumps": jumps}
+            self._journal.write("durable", robot=robot, boot=boot, seq=item.seq, **facts)
         for episode in item.episodes:
             self._journal.write("episode", robot=robot, boot=boot, **episode)
+
+    def _clock_jumps(self, item: _Pending, now_ns: int) -> int:
+        """A jump harms nothing: frames say what follows what. It is counted, because times of these steps mislead people."""
+        ahead_ns = item.time_ns - item.mono_ns
+        steps_ns = np.diff(ahead_ns, prepend=self._ahead_ns.get(item.key, ahead_ns[0]))
+        self._ahead_ns[item.key] = int(ahead_ns[-1])
+        jumps = np.count_nonzero((steps_ns > _JUMP_NS) | (steps_ns < -_JUMP_NS))
+        return int(jumps) + bool((item.time_ns > now_ns + _JUMP_NS).any())
 
 
 def source_name(source: int) -> str:
@@ -192,8 +211,9 @@ def source_name(source: int) -> str:
 
 
 def latencies_ms(time_ns: np.ndarray, now_ns: int) -> list[float]:
-    """Milliseconds from each step until now, rounded to 0.1."""
-    return [float(ms) for ms in np.round((now_ns - time_ns) / 1e6, 1)]
+    """Milliseconds from each step until now, rounded to 0.1; not of steps whose clock cannot have been right."""
+    believed = time_ns[(time_ns <= now_ns + _JUMP_NS) & (time_ns >= now_ns - _OLDEST_NS)]
+    return [float(ms) for ms in np.round((now_ns - believed) / 1e6, 1)]
 
 
 def advance(before: Progress, fragment: Fragment) -> tuple[Progress, tuple[dict[str, Any], ...]]:
@@ -222,6 +242,8 @@ def advance(before: Progress, fragment: Fragment) -> tuple[Progress, tuple[dict[
             after = after if row["episode_id"] == after.episode_id else _begin(after, row["episode_id"])
             after = dataclasses.replace(after, is_open=False)
             continue
+        if row["outcome"] not in OUTCOMES:
+            raise FragmentRefused(f"outcome {row['outcome']!r} of a closed episode", rule=f"one of {OUTCOMES}")
         if row["episode_id"] != after.episode_id or not after.is_open:
             raise FragmentRefused(
                 f"a closed row of episode {row['episode_id']} after episode {after.episode_id}, open: {after.is_open}",
@@ -277,7 +299,7 @@ def _pending(
 ) -> _Pending:
     steps = fragment.tables.get("steps")
     if steps is None:
-        time_ns, sources = np.empty(0, np.int64), np.empty(0, np.uint8)
+        time_ns, mono_ns, sources = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint8)
     else:
-        time_ns, sources = np.array(steps.column("time_ns")), np.array(steps.column("source"))
-    return _Pending((robot_id, boot_id), seq, num_bytes, time_ns, sources, closed)
+        time_ns, mono_ns, sources = (np.array(steps.column(name)) for name in ("time_ns", "mono_ns", "source"))
+    return _Pending((robot_id, boot_id), seq, num_bytes, time_ns, mono_ns, sources, closed)

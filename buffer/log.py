@@ -8,6 +8,7 @@ high-water marks go back to what is durable, and robots resend from there.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from fleet.spec import RobotSpec
 
 SEGMENT_BYTES = 256 * 1024 * 1024
 _LOOK_BYTES, _LOOK_S = 64 * 1024 * 1024, 1.0  # how often the disk is asked for its room
+_SPEC_HASH = re.compile(r"[0-9a-f]{16}")  # it comes from the network and names a file
 _KEY_BYTES = 64 * 1024  # more than a FRAGMENT header can carry
 
 
@@ -278,7 +280,7 @@ def load_spec(folder: Path, spec_hash: str) -> RobotSpec | None:
         SpecError: The file is damaged.
     """
     path = folder / "specs" / f"{spec_hash}.json"
-    if not path.is_file() or path.parent != folder / "specs":
+    if not _SPEC_HASH.fullmatch(spec_hash) or not path.is_file():
         return None
     try:
         spec = RobotSpec.from_dict(json.loads(path.read_bytes()))

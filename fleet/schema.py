@@ -10,11 +10,13 @@ Shape suffixes: A action dims, H chunk length, T decisions of a chunk.
 from __future__ import annotations
 
 import dataclasses
+import struct
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fleet.errors import FragmentRefused
 from fleet.spec import ACTION, Feature, RobotSpec
@@ -22,7 +24,9 @@ from fleet.spec import ACTION, Feature, RobotSpec
 TABLES = ("steps", "chunks", "episodes", "labels")
 ALIGNMENT = 64
 MAX_ROWS = 100_000
+MAX_TEXT_BYTES = 4096  # of one value
 REPLAY_PREFIX = "replay."
+OUTCOMES = ("success", "failure", "unknown", "aborted")  # of a closed episode
 MAX_SCHEMAS = 256  # remembered, by spec
 
 _STEP_HEAD: list[tuple[str, pa.DataType]] = [
@@ -215,16 +219,55 @@ def decode_fragment(directory: Mapping[str, int], payload: bytes | memoryview | 
 
 def _decode_table(name: str, data: pa.Buffer) -> pa.RecordBatch:
     try:
-        with pa.ipc.open_stream(data) as reader:
-            batch = reader.read_next_batch()
-            if not 0 < batch.num_rows <= MAX_ROWS:
-                raise FragmentRefused(f"table {name!r} has {batch.num_rows} rows", rule=f"1 to {MAX_ROWS} rows")
-            batch.validate(full=True)
-            return batch
-    except (pa.ArrowException, StopIteration, OSError, ValueError, OverflowError, KeyError, NotImplementedError) as error:
+        messages = pa.ipc.MessageReader.open_stream(data)
+        schema = pa.ipc.read_schema(messages.read_next_message())
+        message = messages.read_next_message()
+        if message.type != "record batch" or _is_compressed(message.metadata):
+            raise FragmentRefused(
+                f"table {name!r} has a {message.type}, compressed or in place of its rows",
+                rule="rows as they lie in memory: a few compressed bytes can fill all memory",
+            )
+        batch = pa.ipc.read_record_batch(message, schema)
+        if not 0 < batch.num_rows <= MAX_ROWS:
+            raise FragmentRefused(f"table {name!r} has {batch.num_rows} rows", rule=f"1 to {MAX_ROWS} rows")
+        batch.validate(full=True)
+        return batch
+    except _ARROW_ERRORS as error:
         raise FragmentRefused(
             f"table {name!r} cannot be read: {error!r}"[:500], rule="one Arrow IPC stream with one batch"
         ) from None
+
+
+_ARROW_ERRORS = (
+    pa.ArrowException,
+    StopIteration,
+    OSError,
+    ValueError,
+    OverflowError,
+    KeyError,
+    TypeError,
+    NotImplementedError,
+    struct.error,
+)
+
+
+def _is_compressed(metadata: pa.Buffer) -> bool:
+    """Whether a record batch message names a compression. pyarrow says so only by decompressing."""
+    data = memoryview(metadata)
+    header = _flatbuffer_field(data, struct.unpack_from("<I", data)[0], 2)
+    if header is None:
+        return True
+    record_batch: int = header + struct.unpack_from("<I", data, header)[0]
+    return _flatbuffer_field(data, record_batch, 3) is not None
+
+
+def _flatbuffer_field(data: memoryview, table: int, number: int) -> int | None:
+    """Where a field of a flatbuffer table lies (fields in the order of Arrow's Message.fbs); None where it is not set."""
+    vtable = table - struct.unpack_from("<i", data, table)[0]
+    if 4 + 2 * number >= struct.unpack_from("<H", data, vtable)[0]:
+        return None
+    offset = struct.unpack_from("<H", data, vtable + 4 + 2 * number)[0]
+    return table + int(offset) if offset else None
 
 
 def check_fragment(fragment: Fragment, spec: RobotSpec, robot_id: str, boot_id: str) -> None:
@@ -249,9 +292,14 @@ def check_fragment(fragment: Fragment, spec: RobotSpec, robot_id: str, boot_id: 
 def _check_columns(name: str, batch: pa.RecordBatch, expected: pa.Schema) -> None:
     if not batch.schema.equals(expected):
         _compare_columns(name, batch, expected)
-    for field in expected:
-        if batch.column(field.name).null_count:
+    for field in batch.schema:
+        column = batch.column(field.name)
+        if column.null_count:
             raise FragmentRefused(f"column {field.name!r} of table {name!r} has nulls", rule="no nulls")
+        if field.type == pa.string() and (longest := pc.max(pc.binary_length(column)).as_py()) > MAX_TEXT_BYTES:
+            raise FragmentRefused(
+                f"column {field.name!r} of table {name!r} has a text of {longest} bytes", rule=f"at most {MAX_TEXT_BYTES}"
+            )
 
 
 def _compare_columns(name: str, batch: pa.RecordBatch, expected: pa.Schema) -> None:
@@ -266,12 +314,21 @@ def _compare_columns(name: str, batch: pa.RecordBatch, expected: pa.Schema) -> N
                 rule=f"the spec says {field.type}",
                 remedy="send a spec in HELLO that matches what is recorded",
             )
-    for extra in columns:
+    for extra, seen in columns.items():
         if name != "chunks" or not extra.startswith(REPLAY_PREFIX):
             raise FragmentRefused(
                 f"column {extra!r} of table {name!r} is not in the spec",
                 rule="only chunks have extra columns, named 'replay.*'",
             )
+        if not _is_numeric(seen):
+            raise FragmentRefused(f"column {extra!r} of table {name!r} is {seen}", rule="numbers, or lists of numbers")
+
+
+def _is_numeric(seen: pa.DataType) -> bool:
+    """Numbers, or lists of them, also of lists that are not empty by their type."""
+    while pa.types.is_list(seen) or (pa.types.is_fixed_size_list(seen) and seen.list_size > 0):
+        seen = seen.value_type
+    return bool(pa.types.is_integer(seen) or pa.types.is_floating(seen) or pa.types.is_boolean(seen))
 
 
 def _check_owner(name: str, batch: pa.RecordBatch, robot_id: str, boot_id: str) -> None:

@@ -94,8 +94,9 @@ class RunFacts:
         return self.robots.setdefault(line["robot"], RobotFacts())
 
     def _on_durable(self, line: dict[str, Any]) -> None:
-        self._robot(line).steps += len(line["latency_ms"])
-        self.steps += len(line["latency_ms"])
+        num_steps = sum(line["steps"].values())
+        self._robot(line).steps += num_steps
+        self.steps += num_steps
         self.latencies["durable"].extend(line["latency_ms"])
 
     def _on_sampleable(self, line: dict[str, Any]) -> None:

@@ -138,7 +138,7 @@ def _count(facts: Facts, gateway: list[Any], learner: list[Any], supervisor: lis
     updates = [line["step"] for line in learner if line["kind"] in ("update", "checkpoint", "published")]
     processes = {line["name"]: line["restarts"] for line in supervisor if line["kind"] == "process"}
     return {
-        "steps_durable": len(facts.latencies_ms["durable"]),
+        "steps_durable": sum(steps.values()),
         "steps_by_source": dict(sorted(steps.items())),
         "episodes": len(facts.fleet_episodes),
         "episodes_with_operator": sum(e["operator_steps"] > 0 for e in facts.fleet_episodes),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from actors.fragments import encode_rows
+from buffer.ingest import Ingest
 from buffer.log import Log
 from fleet.images import encode
 from fleet.robot import Source
@@ -89,19 +90,16 @@ class Robot:
         return row
 
 
-def fill_log(folder: Path, num_steps: int, codec: str = "raw", robot_id: str = "robot-0", boot_id: str = "0" * 16) -> None:
-    """Writes ``num_steps`` steps into the log of a run, past the wire, as ingest would store them."""
-    robot = Robot(robot_id, boot_id, codec)
-    log = Log(folder)
-    log.add_spec(robot.spec)
-    last = log.last(robot_id, boot_id)
-    progress: tuple[Any, ...] = ()
-    for seq, (episode, rows) in enumerate(robot.fragments(num_steps), last.seq + 1):
+def fill_log(folder: Path, num_steps: int, codec: str = "raw", boot_id: str = "0" * 16) -> None:
+    """Writes ``num_steps`` steps of one robot into a log, past the wire, as ingest stores them."""
+    robot, log = Robot("robot-0", boot_id, codec), Log(folder)
+    ingest = Ingest(log)
+    first = ingest.admit(robot.robot_id, boot_id, robot.spec) + 1
+    for seq, (_, rows) in enumerate(robot.fragments(num_steps), first):
         directory, payload = encode_rows(robot.spec, rows)
-        frame = rows["steps"][-1]["frame_index"] + 1
-        progress = (episode, frame, True, 0, *([0] * len(Source)))
-        log.append(robot_id, boot_id, seq, robot.spec.hash, directory, payload, progress)
+        fields = {"boot_id": boot_id, "seq": seq, "spec_hash": robot.spec.hash, "tables": directory}
+        ingest.offer(robot.robot_id, fields, payload)
         if seq % 16 == 0:
-            log.commit()
-    log.commit()
+            ingest.commit()
+    ingest.commit()
     log.close()

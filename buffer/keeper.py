@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from buffer import sidecar
 from buffer.manifest import Entry
 from buffer.retention import Limits, Upkeep
 from buffer.segment import segment_name
@@ -24,6 +25,7 @@ from fleet.metrics import Metrics
 log = logging.getLogger("fleet.buffer")
 
 INTERVAL_S = 10.0
+_BUSY_S = 1.0  # between rounds while retention has more to do
 _SIDECARS_S = 2.0  # of each round, so that the gateway's thread is not kept waiting
 
 
@@ -59,7 +61,7 @@ class Keeper:
         self._upkeep: Upkeep | None = None
         self._indexed: set[str] = set()
         self._said: dict[str, str] = {}
-        self._is_low = self._is_over = False
+        self._is_low = self._is_over = self._has_more = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
         self.num_errors = 0
@@ -76,7 +78,7 @@ class Keeper:
     def _run(self) -> None:
         while not self._stop.is_set():
             self.round()
-            self._stop.wait(self._interval_s)
+            self._stop.wait(min(self._interval_s, _BUSY_S) if self._has_more else self._interval_s)
 
     def round(self) -> None:
         """One round. Raises nothing."""
@@ -116,8 +118,6 @@ class Keeper:
 
     def _index(self) -> None:
         """Sidecars of sealed segments, each looked at once in the life of this process."""
-        from buffer import sidecar
-
         until_s = time.monotonic() + _SIDECARS_S
         for entry in self._segments():
             if entry.file not in self._indexed and time.monotonic() < until_s and not self._stop.is_set():
@@ -128,7 +128,10 @@ class Keeper:
 
     def _retire(self) -> None:
         assert self._upkeep is not None
-        for action in self._upkeep.retire(self._limits, time.time_ns()):
+        self._has_more = False
+        done = self._upkeep.retire(self._limits, time.time_ns())
+        self._has_more = bool(done)
+        for action in done:
             entry = action.entry
             log.info("retention by %s: %s of segment %d frees %d bytes", action.why, action.kind, entry.number, action.frees)
             if self._journal is not None:
@@ -153,9 +156,10 @@ class Keeper:
             log.warning("the disk of %s is %s: %.2f GB free", self._folder, how, free / 1e9)
             if self._journal is not None:
                 self._journal.write("disk", low=self._is_low, free_gb=round(free / 1e9, 3))
-        if (0 < self._limits.max_bytes < stored) != self._is_over:
-            self._is_over = not self._is_over
-            if self._is_over:
+        is_over = 0 < self._limits.max_bytes < stored and not self._has_more
+        if is_over != self._is_over:
+            self._is_over = is_over
+            if is_over:
                 log.warning("%s holds %.2f GB, more than its limit: the rest is protected", self._folder, stored / 1e9)
 
     def _segments(self) -> tuple[Entry, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -91,6 +92,11 @@ class Entry:
         boots = tuple(BootPart(*part) for part in fields["boots"])
         return cls(**{**fields, "kept_for": kept_for, "boots": boots})
 
+    @functools.cached_property
+    def line(self) -> str:
+        """As JSON; made once, because a manifest of thousands of entries is written whenever one is added."""
+        return json.dumps(self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {**fields, "boots": [dataclasses.astuple(part) for part in self.boots]}
@@ -120,7 +126,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """A line with the checksum of all that follows, then JSON."""
-        segments = ",\n".join(json.dumps(entry.to_dict()) for entry in self.segments)
+        segments = ",\n".join(entry.line for entry in self.segments)
         retired = ",\n".join(json.dumps(dataclasses.asdict(item)) for item in self.retired)
         body = f'{{"version": {_VERSION}, "segments": [\n{segments}\n], "retired": [\n{retired}\n]}}\n'.encode()
         return f'{{"crc32c": "{crc32c(body):08x}"}}\n'.encode() + body

@@ -6,7 +6,8 @@ fsynced before its name appears; the manifest, replaced atomically, is what make
 old one is unlinked after a grace, in which readers notice. The newest segment whose header holds the high-water marks
 is never touched, nor what comes after it, so the marks outlive all data.
 
-A segment with damage in what would be kept stays as it is.
+A segment with damage in what would be kept stays as it is. An episode that gets its first protected step when its
+beginning was given up already is kept from there on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from buffer.compaction import compact
 from buffer.manifest import (
+    FILE_NAME,
     SOURCES,
     Entry,
     EpisodeKey,
@@ -38,6 +40,7 @@ from fleet.files import Files, FolderLock, storage_errors
 
 PROTECTED = ("demo", "operator")
 DROP, COMPACT = "drop", "compact"
+_COMPACTIONS = 4  # in one call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +188,8 @@ class Upkeep:
         return {key for key, bits in border_episodes(entries) if bits & limits.source_bits}
 
     def retire(self, limits: Limits, now_ns: int) -> list[Action]:
-        """Does what the limits ask for; returns what was done. What a compaction frees is known afterwards only, so a
-        second call may find more.
+        """Does what the limits ask for, a few compactions at a time, so that what they replace can be unlinked in between;
+        returns what was done. To be called again until that is nothing.
 
         Raises:
             DiskFull, StorageError: What was done until then counts.
@@ -195,7 +198,7 @@ class Upkeep:
         drops = [action for action in actions if action.kind == DROP]
         if drops:
             self._swap({action.entry.number: None for action in drops}, {a.entry.number: a.why for a in drops}, now_ns)
-        compactions = [action for action in actions if action.kind == COMPACT]
+        compactions = [action for action in actions if action.kind == COMPACT][:_COMPACTIONS]
         guarded = self._guarded(limits) if compactions else set()
         done = []
         for action in compactions:
@@ -249,7 +252,7 @@ class Upkeep:
                     self._files.unlink(path)
 
     def _store(self, manifest: Manifest) -> None:
-        if manifest != self.manifest:
+        if manifest != self.manifest or not (self._folder / FILE_NAME).exists():
             store_manifest(self._files, self._folder, manifest)
             self.manifest = manifest
 
@@ -274,9 +277,10 @@ def prune(folder: Path, limits: Limits, *, dry_run: bool = True, files: Files | 
         upkeep.sweep_strays()
         upkeep.sync(time.time_ns())
         done: list[Action] = []
+        upkeep.sweep(0, time.time_ns())
         while more := upkeep.retire(limits, time.time_ns()):
             done += more
-        upkeep.sweep(0, time.time_ns())
+            upkeep.sweep(0, time.time_ns())
         return done
     finally:
         lock.release()

@@ -1,3 +1,4 @@
+import os
 import time
 
 import numpy as np
@@ -49,6 +50,20 @@ def test_a_reader_follows_over_many_segments_and_a_restart(tmp_path):
     assert keys(seen) == [("r1", "b1", n) for n in range(1, seq + 1)]
     assert [bytes(r.payload[:1])[0] for r in seen] == [n % 251 for n in range(1, seq + 1)], "maps of ended segments stay valid"
     assert len(list_segments(tmp_path)) > 5 and reader.num_records == seq
+
+
+def test_a_segment_made_within_one_tick_of_the_file_systems_clock_is_found(tmp_path):
+    log, reader = Log(tmp_path), LogReader(tmp_path)
+    fill(log, 1, 1)
+    log.commit()
+    log.close()
+    assert len(reader.poll()) == 1
+    changed = tmp_path.stat()
+    log = Log(tmp_path)
+    fill(log, 2, 2)
+    log.commit()
+    os.utime(tmp_path, ns=(changed.st_atime_ns, changed.st_mtime_ns))
+    assert [r.seq for r in reader.poll()] == [2]
 
 
 def test_marks_and_notes_outlive_the_segments_they_came_from(tmp_path):

@@ -97,6 +97,9 @@ def test_only_sealed_segments_are_entered_and_those_once(tmp_path):
     stored = (tmp_path / "manifest.json").stat().st_ino
     upkeep.sync(1)
     assert (tmp_path / "manifest.json").stat().st_ino == stored, "nothing new, nothing written"
+    (tmp_path / "manifest.json").unlink()
+    upkeep.sync(1)
+    assert load_manifest(tmp_path) == upkeep.manifest, "but what somebody deleted is there again"
     log.close()
     upkeep.sync(2)
     assert [e.number for e in upkeep.manifest.segments] == [n.number for n in names]

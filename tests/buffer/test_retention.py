@@ -110,6 +110,22 @@ def test_whole_episodes_with_a_protected_step_are_kept_across_segments_and_all_o
     log.close()
 
 
+def test_an_episode_is_kept_whose_operator_came_in_the_segment_that_is_being_written(tmp_path):
+    log = make_log(tmp_path, protected=(), num_episodes=3)
+    append(log, 13, 3)
+    append(log, 14, 3)
+    log.commit()
+    append(log, 15, 3)
+    append(log, 16, 3, OPERATOR)
+    log.commit()
+    upkeep = Upkeep(Files(), tmp_path)
+    upkeep.sync(1)
+    assert upkeep.manifest.segments[-1].boots[0].last_seq == 14, "the episode goes on in the segment that is not sealed"
+    assert [a.kind for a in upkeep.retire(LATER, time.time_ns())] == [COMPACT]
+    assert [seq for _, seq in keys(tmp_path)] == [13, 14, 15, 16]
+    log.close()
+
+
 def test_what_is_kept_is_the_same_bytes_and_the_header_has_the_marks_of_the_original(tmp_path):
     make_log(tmp_path).close()
     before = {r.seq: bytes(r.payload) for r in LogReader(tmp_path).poll()}

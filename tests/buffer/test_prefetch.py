@@ -270,3 +270,23 @@ def test_closing_ends_the_threads_and_whoever_asks_then_is_told(make):
     prefetcher.close()
     with pytest.raises(LearnerError, match="is gone"):
         prefetcher.batch(NEEDS, 9)
+
+
+def test_arrays_of_batches_that_were_dropped_or_failed_come_back(make):
+    """There are depth + 2 sets: after more drops and errors than that there is still one to gather into."""
+    prefetcher = make(Watched, depth=2, workers=2, allocate=lambda name, shape, dtype: np.empty(shape, dtype))
+    sampler = prefetcher._sampler
+    for round in range(8):
+        prefetcher.batch(OTHER if round % 2 else NEEDS, round)
+        sampler.gate.clear()  # some are being gathered when they are dropped
+        time.sleep(0.01)
+        threading.Timer(0.03, sampler.gate.set).start()
+    for _ in range(8):
+        sampler.broken["gather"] = StorageError("broken")
+        with pytest.raises(StorageError):
+            [prefetcher.batch(NEEDS, step) for step in range(100, 110)]
+        sampler.broken.clear()
+    thread = threading.Thread(target=prefetcher.batch, args=(NEEDS, 500), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()

@@ -1,4 +1,4 @@
-"""Byte arrays that rows lie in: mapped segments, and copies of fragments that cannot be used where they lie.
+"""Byte arrays that rows lie in: mapped segments.
 
 Small rows are read through the map. Large ones (raw frames) are read from the page cache with ``preadv``: as fast as a
 copy out of a map whose pages are there, faster than out of one whose pages are not, and they do not count as resident.
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from fleet.errors import StorageError
 
@@ -43,10 +42,6 @@ class Arena:
             with contextlib.suppress(FileNotFoundError):  # retired since it was mapped
                 self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 weakref.finalize(self, os.close, self._fd)
-
-    @classmethod
-    def of_buffer(cls, buffer: pa.Buffer) -> Arena:
-        return cls(np.frombuffer(buffer, np.uint8))
 
     def read_rows(self, at: list[int], out: memoryview, rows: list[int], row_bytes: int) -> None:
         """Copies ``row_bytes`` from each offset on into a row of ``out``.

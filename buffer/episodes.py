@@ -8,6 +8,7 @@ newest by the judge's clock counts, and of two with the same time the one that w
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class EpisodeTable:
         first_version, last_version: Policy versions that acted, -1 for none.
         num_operator_steps: Steps under an operator.
         excluded: By a label. finished: Its end is known.
-        first_step: Number of the first step that was read, -1 for none.
+        first_step: Number of the first step that is there, -1 for none.
         group_id: "" for none. start: ``reset_state_id``, or "seed:<n>", or "".
     """
 
@@ -136,6 +137,15 @@ class EpisodeTable:
         number = self._numbers.get(key)
         if number is not None:
             self._judge(number)
+
+    def allowed(self, outcomes: Sequence[Outcome], robots: Sequence[str]) -> np.ndarray:
+        """By number, which ones are not excluded and have one of the outcomes and robots; empty ones allow all."""
+        allowed = ~self.excluded.view
+        if outcomes:
+            allowed &= np.isin(self.outcome.view, outcomes)
+        if robots:
+            allowed &= np.isin(self.robot.view, [i for i, name in enumerate(self.robots) if name in robots])
+        return allowed
 
     def _add(self, key: EpisodeKey) -> int:
         number = self._numbers[key] = len(self.keys)

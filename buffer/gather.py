@@ -64,7 +64,8 @@ class Draw:
         position: Of the log when it was drawn.
         facts: Fields of Windows that are known without reading the segments.
         obs, obs_at, actions: What is to be read.
-        chunks: (arena, offset, length, row) of the policy call behind each step; arena -1 for none.
+        chunks_N: (arena, offset, length, row) of the policy call behind each step, and of the newest one of the log as an
+            example (N = B + 1); arena -1 for none.
     """
 
     needs: BatchNeeds
@@ -75,7 +76,7 @@ class Draw:
     obs: dict[str, Read]
     obs_at: dict[int, dict[str, Read]]
     actions: Read
-    chunks_B: np.ndarray
+    chunks_N: np.ndarray
 
 
 def gather(draw: Draw, out: Allocate, cache: ImageCache | None, residency: Residency) -> Windows:
@@ -146,17 +147,14 @@ class _Reader:
 def _replay(draw: Draw) -> dict[str, np.ndarray]:
     """Columns of the policy calls behind the steps, zeros where there is none."""
     opened: dict[tuple[int, int], pa.RecordBatch] = {}
-    values: dict[str, list[Any]] = {name: [None] * len(draw.chunks_B) for name in draw.needs.replay}
-    for i, (arena, at, length, row) in enumerate(draw.chunks_B.tolist()):
-        if arena < 0:
-            continue
+    values: dict[str, list[np.ndarray | None]] = {name: [] for name in draw.needs.replay}
+    for arena, at, length, row in draw.chunks_N.tolist():
+        if arena >= 0 and (arena, at) not in opened:
+            opened[arena, at] = _open(draw.arenas[arena], at, length)
         chunks = opened.get((arena, at))
-        if chunks is None:
-            chunks = opened[arena, at] = _open(draw.arenas[arena], at, length)
         for name, column in values.items():
-            if name in chunks.schema.names:
-                column[i] = _plain(chunks.column(name)[row])
-    return {name: _padded(column) for name, column in values.items()}
+            column.append(None if chunks is None or name not in chunks.schema.names else _plain(chunks.column(name)[row]))
+    return {name: _padded(column[:-1], column[-1]) for name, column in values.items()}
 
 
 def _open(arena: Arena, at: int, length: int) -> pa.RecordBatch:
@@ -176,13 +174,14 @@ def _plain(value: pa.Scalar) -> np.ndarray:
     return np.asarray(value.as_py())
 
 
-def _padded(values: list[np.ndarray | None]) -> np.ndarray:
-    """(B, ...), shorter lists padded with zeros, zeros for None."""
+def _padded(values: list[np.ndarray | None], example: np.ndarray | None) -> np.ndarray:
+    """(B, ...), shorter lists padded with zeros, zeros for None; ``example`` tells the form where all are None."""
     there = [value for value in values if value is not None]
     if not there:
-        return np.zeros((len(values), 0), np.float32)
-    out = np.zeros((len(values), *np.max([v.shape for v in there], axis=0)), np.result_type(*there))
-    for row, value in zip(out, values, strict=True):
+        there = [np.zeros(0, np.float32) if example is None else example[:0] if example.ndim else example]
+    out = np.zeros((len(values), *np.max([v.shape for v in there], axis=0).astype(int)), np.result_type(*there))
+    for i, value in enumerate(values):
         if value is not None:
-            row[tuple(slice(n) for n in value.shape)] = value
+            place: tuple[slice, ...] = (slice(i, i + 1), *(slice(n) for n in value.shape))
+            out[place] = value
     return out

@@ -235,16 +235,33 @@ class StepIndex:
         self.next[end] = start if joined else -1
         self.prev[start] = end if joined else -1
 
+    def span(self, first: int, end: int) -> tuple[int, int]:
+        """The first step of the fragments from ``first`` up to ``end``, and how many they have."""
+        start = int(self.first_step[first])
+        return start, (int(self.first_step[end]) if end < self.num_fragments else self.end) - start
+
+    def is_there(self, steps: np.ndarray) -> np.ndarray:
+        """Which steps were not taken out, by their numbers: (N,) bool."""
+        there = steps >= self.fragment.first
+        for first, end in self._dropped:
+            start, count = self.span(first, end)
+            there &= (steps < start) | (steps >= start + count)
+        return there
+
     def drop(self, first: int, end: int) -> None:
         """Takes the fragments from ``first`` up to ``end`` out: their steps are not drawn any more. In proportion to all."""
-        steps = range(int(self.first_step[first]), int(self.first_step[end]) if end < self.num_fragments else self.end)
+        start, count = self.span(first, end)
         for pool in self.pools.values():
-            pool.keep((pool.view < steps.start) | (pool.view >= steps.stop))
+            pool.keep((pool.view < start) | (pool.view >= start + count))
         for boot in self._boots.values():
             kept = [(seq, f) for seq, f in zip(boot.seqs, boot.fragments, strict=True) if not first <= f < end]
             if len(kept) < len(boot.seqs):
                 boot.seqs, boot.fragments = [seq for seq, _ in kept], [f for _, f in kept]
                 self._relink(boot)
+        for episode in np.unique(self.episode[np.arange(first, end)]).tolist():
+            if episode >= 0:
+                left = self.steps_of(episode)
+                self.episodes.first_step[episode] = left[0] if len(left) else -1
         self._dropped.append((first, end))
         self._release()
 
@@ -294,13 +311,11 @@ class StepIndex:
         spans = [np.arange(self.first_step[f], self.first_step[f] + self.num_steps[f]) for f in mine]
         return np.concatenate([np.empty(0, np.int64), *spans])
 
-    def chunks_of(self, steps: np.ndarray) -> np.ndarray:
-        """Where the policy call behind each step lies: (N, 4) arena, offset, length, row; arena -1 where there is none."""
-        found = np.full((len(steps), 4), -1, np.int64)
-        chunk = self.chunk[steps]
-        there = chunk >= self.chunk_row.first if self.chunk_row.end else np.zeros(len(steps), bool)
-        there &= chunk >= 0
-        chunk = chunk[there]
+    def places_of_chunks(self, chunk_N: np.ndarray) -> np.ndarray:
+        """Where policy calls lie: (N, 4) arena, offset, length, row; arena -1 where there is none any more."""
+        found = np.full((len(chunk_N), 4), -1, np.int64)
+        there = (chunk_N >= 0) & (chunk_N >= self.chunk_row.first)
+        chunk = chunk_N[there]
         fragment = self.chunk_fragment[chunk]
         columns = (self.arena[fragment], self.chunks_at[fragment], self.chunks_length[fragment], self.chunk_row[chunk])
         found[there] = np.stack(columns, 1)

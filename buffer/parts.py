@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from fleet.errors import FragmentRefused
-from fleet.schema import EPISODES, LABELS, decode_fragment, encode_fragment
+from fleet.schema import EPISODES, LABELS, decode_fragment
 
 ABSENT = -1  # instead of an offset
 TERMINATED, TRUNCATED, INTERVENTION = 1, 2, 4  # bits of a step's flags
@@ -131,13 +131,9 @@ class PartBuilder:
         self._num_records = 0
         self._refused: dict[str, int] = {}
 
-    def add(self, record: Fragmentary) -> bool:
-        """Takes one more fragment; one that cannot be read is counted.
-
-        Returns:
-            False, and nothing was done, where a column cannot be used where it lies (another writer's compressed or
-            unaligned Arrow data): see ``rewritten``.
-        """
+    def add(self, record: Fragmentary) -> None:
+        """Takes one more fragment; one that cannot be read where it lies is counted."""
+        self._num_records += 1
         try:
             tables = decode_fragment(record.tables, record.payload).tables
             steps = _step_columns(tables["steps"]) if "steps" in tables else None
@@ -145,11 +141,7 @@ class PartBuilder:
         except (FragmentRefused, KeyError, pa.ArrowException) as error:  # checked at ingest: only a damaged disk does this
             code = error.code if isinstance(error, FragmentRefused) else FragmentRefused.code
             self._refused[code] = self._refused.get(code, 0) + 1
-            self._num_records += 1
-            return True
-        if places is None:
-            return False
-        self._num_records += 1
+            return
         number = len(self._fragments["seq"])
         self._add_fragment(record, tables.get("steps"))
         self._add_places(number, places)
@@ -163,7 +155,6 @@ class PartBuilder:
                 rows = tables[name]
                 column = pa.array(np.full(rows.num_rows, number, np.int32))
                 found.append(pa.RecordBatch.from_arrays([column, *(rows.column(n) for n in schema.names[1:])], schema=schema))
-        return True
 
     def build(self) -> IndexPart:
         num_fragments = len(self._fragments["seq"])
@@ -223,50 +214,26 @@ class PartBuilder:
                     column.extend([ABSENT] * (number - len(column)))
                     column.append(value)
 
-    def _locate(self, steps: pa.RecordBatch) -> dict[str, tuple[int, int]] | None:
-        """Where each feature's values lie, and an encoded feature's offsets; None where one cannot be used there."""
+    def _locate(self, steps: pa.RecordBatch) -> dict[str, tuple[int, int]]:
+        """Where each feature's values lie, and an encoded feature's offsets."""
         found = {}
         for field, column in zip(steps.schema, steps.columns, strict=True):
             if isinstance(column, pa.FixedSizeListArray):
                 values = column.values
                 size = values.type.bit_width // 8
                 start = values.offset + column.offset * field.type.list_size
-                at = self._place(values.buffers()[1], start * size, size)
-                found[field.name] = (at, ABSENT)
+                found[field.name] = (self._place(field.name, values.buffers()[1], start * size, size), ABSENT)
             elif pa.types.is_binary(field.type):
                 _, offsets, data = column.buffers()
-                at, offsets_at = self._place(data, 0, 1), self._place(offsets, column.offset * 4, 4)
-                found[field.name] = (at, offsets_at)
-                at = min(at, offsets_at)
-            else:
-                continue
-            if at < 0:
-                return None
+                at = self._place(field.name, data, 0, 1)
+                found[field.name] = (at, self._place(field.name, offsets, column.offset * 4, 4))
         return found
 
-    def _place(self, data: pa.Buffer, start: int, alignment: int) -> int:
+    def _place(self, name: str, data: pa.Buffer, start: int, alignment: int) -> int:
         at: int = data.address - self._address
-        inside = at >= 0 and at + data.size <= self._length
-        return at + start if inside and (at + start) % alignment == 0 else -1
-
-
-@dataclasses.dataclass(frozen=True)
-class Rewritten:
-    """A fragment whose columns can be used where they lie: in a buffer of its own."""
-
-    robot_id: str
-    boot_id: str
-    seq: int
-    spec_hash: str
-    tables: dict[str, int]
-    payload: pa.Buffer
-    payload_at: int = 0
-
-
-def rewritten(record: Fragmentary) -> Rewritten:
-    """A copy of a readable fragment, uncompressed and aligned."""
-    directory, data = encode_fragment(decode_fragment(record.tables, record.payload).tables)
-    return Rewritten(record.robot_id, record.boot_id, record.seq, record.spec_hash, directory, pa.py_buffer(data))
+        if at < 0 or at + data.size > self._length or (at + start) % alignment:
+            raise FragmentRefused(f"column {name!r} lies at byte {at}", rule="columns are aligned, inside of the segment")
+        return at + start
 
 
 def _step_columns(steps: pa.RecordBatch) -> dict[str, np.ndarray]:

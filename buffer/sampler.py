@@ -18,19 +18,21 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from buffer import sidecar
+from buffer import groups, sidecar
 from buffer.arena import Arena, Residency
-from buffer.draw import draw_windows
+from buffer.draw import Accept, draw_windows
+from buffer.feedback import Feedback, Span
 from buffer.gather import Allocate, Draw, ImageCache, gather
 from buffer.index import StepIndex
 from buffer.ingest import latencies_ms
 from buffer.log import load_spec
-from buffer.parts import IndexPart, PartBuilder, rewritten
+from buffer.parts import IndexPart, PartBuilder
 from buffer.reader import LogReader, LogRecord, SegmentMap
 from buffer.windows import WindowMaker
 from fleet.batch import BatchNeeds, Windows
@@ -73,7 +75,7 @@ class Sampler:
         self._reader = LogReader(folder, replacements=True)
         self._labels = LogReader(folder / "labels")
         self.index = StepIndex(task_names)
-        self._maker = WindowMaker(self.index)
+        self._maker, self._feedback = WindowMaker(self.index), Feedback()
         self._residency = Residency(mapped_bytes)
         self._arenas: tuple[Arena, ...] = ()
         self._segments: dict[int, _Taken] = {}
@@ -153,9 +155,40 @@ class Sampler:
         names = set(needs.filter.tasks or self.index.task_names)
         tasks = {number for number, name in enumerate(self.index.task_names) if name in names}
         pools = {key: pool.view for key, pool in self.index.pools.items() if key[1] in tasks}
-        accept = self._filter(needs, newest_version if newest_version >= 0 else self.index.newest_version)
-        steps_B = draw_windows(pools, needs, accept, None, np.random.default_rng([self._seed, step]))
-        return self._maker.make(steps_B, needs, step, self.position, self._arenas)
+        scores = self._feedback.scores(needs, self.index.end, self._spans)
+        accept = both(self._filter(needs, newest_version), None if scores is None else scores.accept)
+        cached = None if self._cache is None else self._cached(needs, self._cache)
+        rng = np.random.default_rng([self._seed, step])
+        steps_B = draw_windows(pools, needs, accept, self._feedback.online_share(needs), rng, cached)
+        draw = self._maker.make(steps_B, needs, step, self.position, self._arenas)
+        if scores is not None:
+            draw.facts["weight_B"] = scores.weights(steps_B)
+        return draw
+
+    def feed_back(self, windows: Windows, loss_B: np.ndarray) -> None:
+        """Takes the losses of a batch: scores of its steps where needs have a priority, and of its sources where they have
+        an adaptive mixture.
+
+        Raises:
+            LearnerError: A loss is not finite, or below 0 where steps are drawn by score.
+        """
+        self._feedback.add(windows, loss_B, self.index.is_there(windows.step_B))
+
+    def state(self) -> dict[str, Any]:
+        """What was fed back, for a checkpoint: plain dicts, lists, numbers and numpy arrays."""
+        return self._feedback.state(self._spans())
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes what ``state`` returned, also in another process; before the first ``draw``, after a ``poll``."""
+        self._feedback.load_state(state)
+
+    def groups(self, **options: Any) -> list[np.ndarray]:
+        """Groups of episodes for GRPO: ``buffer.groups.groups``."""
+        return groups.groups(self.index.episodes, **options)
+
+    def pairs(self, num: int, step: int, **options: Any) -> np.ndarray:
+        """Pairs of episodes for DPO, (num, 2), a function of (seed, step, position): ``buffer.groups.pairs``."""
+        return groups.pairs(self.index.episodes, np.random.default_rng([self._seed, step]), num, **options)
 
     def gather(self, draw: Draw, out: Allocate | None = None) -> Windows:
         """Reads the windows of a draw. From any thread, also while others poll and draw.
@@ -185,33 +218,22 @@ class Sampler:
             segment = run[0].segment
             builder = PartBuilder(segment.address, len(segment.bytes))
             for record in run:
-                if not builder.add(record):
-                    self._take_part(builder.build(), segment, say=say)
-                    self._take_rewritten(record, segment, say=say)
-                    builder = PartBuilder(segment.address, len(segment.bytes))
+                builder.add(record)
             self._take_part(builder.build(), segment, say=say)
             self._residency.touched(sum(record.payload_length for record in run), self._arenas)
 
-    def _take_rewritten(self, record: LogRecord, segment: SegmentMap, *, say: bool) -> None:
-        copy = rewritten(record)
-        builder = PartBuilder(copy.payload.address, copy.payload.size)
-        builder.add(copy)
-        self._take_part(builder.build(), segment, Arena.of_buffer(copy.payload), say=say)
-
-    def _take_part(self, part: IndexPart, segment: SegmentMap, arena: Arena | None = None, *, say: bool) -> None:
+    def _take_part(self, part: IndexPart, segment: SegmentMap, *, say: bool) -> None:
         for code, count in part.refused.items():
             self.skipped_fragments[code] = self.skipped_fragments.get(code, 0) + count
         if not part.num_fragments:
             return
+        first = self.index.num_fragments
         taken = self._segments.get(segment.number)
-        if taken is None or arena is not None:
-            self._arenas = (*self._arenas, arena or Arena(segment.bytes, segment.name.path, segment.data))
         if taken is None:
-            taken = self._segments[segment.number] = _Taken(len(self._arenas) - 1, self.index.num_fragments)
-        number = taken.arena if arena is None else len(self._arenas) - 1
-        taken.arenas.add(number)
-        before, first = self.index.num_drawable, self.index.num_fragments
-        self.index.take_in(part, number, self._usable(part))
+            self._arenas = (*self._arenas, Arena(segment.bytes, segment.name.path, segment.data))
+            taken = self._segments[segment.number] = _Taken(segment.name.path.name, len(self._arenas) - 1, first)
+        before = self.index.num_drawable
+        self.index.take_in(part, taken.arena, self._usable(part))
         taken.end = self.index.num_fragments
         if segment.number not in self._replaced:
             self._num_new += self.index.num_drawable - before
@@ -260,39 +282,55 @@ class Sampler:
             self._replaced.add(number)
             taken = self._segments.pop(number, None)
             if taken is not None:
+                first_step, num_steps = self.index.span(taken.first, taken.end)
+                self._feedback.drop(np.arange(first_step, first_step + num_steps))
                 self.index.drop(taken.first, taken.end)
-                gone = Arena(np.empty(0, np.uint8))
-                self._arenas = tuple(gone if i in taken.arenas else arena for i, arena in enumerate(self._arenas))
+                arenas = list(self._arenas)
+                arenas[taken.arena] = Arena(np.empty(0, np.uint8))  # the file is let go of when no draw needs it any more
+                self._arenas = tuple(arenas)
 
-    def _filter(self, needs: BatchNeeds, newest_version: int) -> Callable[[np.ndarray], np.ndarray] | None:
+    def _filter(self, needs: BatchNeeds, newest_version: int) -> Accept | None:
         """Which steps pass; None: all."""
-        index, wanted = self.index, needs.filter
-        episodes = index.episodes
-        allowed = ~episodes.excluded.view
-        if wanted.outcomes:
-            allowed &= np.isin(episodes.outcome.view, wanted.outcomes)
-        if wanted.robots:
-            robots = [i for i, name in enumerate(episodes.robots) if name in wanted.robots]
-            allowed &= np.isin(episodes.robot.view, robots)
-        max_age = wanted.max_version_age
+        index, wanted, max_age = self.index, needs.filter, needs.filter.max_version_age
+        allowed = index.episodes.allowed(wanted.outcomes, wanted.robots)
         if max_age is None and allowed.all():
             return None
+        newest = newest_version if newest_version >= 0 else index.newest_version
 
         def accept(steps: np.ndarray) -> np.ndarray:
             kept: np.ndarray = allowed[index.episode[index.fragment[steps]]]
             if max_age is not None:
                 version = index.version[steps]
-                kept = kept & ((version < 0) | (newest_version - version <= max_age))
+                kept = kept & ((version < 0) | (newest - version <= max_age))
             return kept
 
         return accept
 
+    def _cached(self, needs: BatchNeeds, cache: ImageCache) -> Accept | None:
+        """Which steps have all their images in the cache; None where none are encoded."""
+        names = tuple(name for name in needs.observations if self._maker.feature(name).codec != "raw")
+        if not names or not needs.cached_share:
+            return None
+        return lambda steps: cache.cached(steps, names)
+
+    def _spans(self) -> list[Span]:
+        """Which steps are of which segment."""
+        index = self.index
+        return [(taken.file, *index.span(taken.first, taken.end)) for taken in self._segments.values()]
+
+
+def both(a: Accept | None, b: Accept | None) -> Accept | None:
+    """The chance that both keep a step."""
+    if a is None or b is None:
+        return a or b
+    return lambda steps: a(steps) * b(steps)
+
 
 @dataclasses.dataclass
 class _Taken:
-    """Fragments and arenas of a segment that was read."""
+    """A segment that was read: its file, arena and fragments."""
 
+    file: str
     arena: int
     first: int
     end: int = 0
-    arenas: set[int] = dataclasses.field(default_factory=set)

@@ -34,8 +34,7 @@ def write(files: Files, folder: Any, name: SegmentName) -> bool:
     """Makes the sidecar of a sealed segment, durably.
 
     Returns:
-        False where there is none to make: the segment is not sealed or empty, or a fragment of it cannot be used where it
-        lies.
+        False where there is none to make: the segment is not sealed, or empty.
 
     Raises:
         DiskFull, StorageError: It could not be stored, or the segment could not be read.
@@ -46,8 +45,8 @@ def write(files: Files, folder: Any, name: SegmentName) -> bool:
         return False
     records, num_damaged = records_of(segment, state.length, verify=True)
     builder = PartBuilder(segment.address, len(segment.bytes))
-    if not all(builder.add(record) for record in records):
-        return False
+    for record in records:
+        builder.add(record)
     part = builder.build()
     part.num_damaged = num_damaged
     with storage_errors(f"writing {path_of(name)}"):

@@ -63,7 +63,7 @@ class WindowMaker:
             obs=self._reads(needs.observations, steps_B),
             obs_at={offset: self._reads(needs.observations, walk.steps_BW[:, back + offset]) for offset in others},
             actions=self._reads((ACTION,), steps_BH)[ACTION],
-            chunks_B=index.chunks_of(steps_B),
+            chunks_N=index.places_of_chunks(np.append(index.chunk[steps_B], index.chunk_row.end - 1)),
         )
 
     def _rewards(self, steps_BH: np.ndarray, mask_BH: np.ndarray) -> dict[str, np.ndarray]:
@@ -98,7 +98,7 @@ class WindowMaker:
         row_N, arena_N = index.row(steps_N, fragment_N), index.arena[fragment_N]
         reads = {}
         for name in names:
-            feature = self._feature(name)
+            feature = self.feature(name)
             at_N, offsets_at_N = index.places_of(name, fragment_N)
             if (at_N == ABSENT).any() or (offsets_at_N is None) != (feature.codec == "raw"):
                 raise SpecError(f"steps of this log lack {name!r}", rule="fragments have the columns of their spec")
@@ -109,7 +109,7 @@ class WindowMaker:
             reads[name] = Read(feature, name, steps.shape, steps_N, arena_N, at_N, offsets_at_N)
         return reads
 
-    def _feature(self, name: str) -> Feature:
+    def feature(self, name: str) -> Feature:
         """The feature that all specs of this log agree on."""
         if name in self._features:
             return self._features[name]

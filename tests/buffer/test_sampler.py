@@ -1,21 +1,19 @@
 import collections
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from buffer.draw import split_by_share
 from buffer.ingest import Ingest
 from buffer.log import Log
-from buffer.draw import split_by_share
 from buffer.sampler import Sampler
 from fleet.batch import BatchNeeds
 from fleet.errors import NoData, SpecError
 from fleet.journal import Journal, read_journal
 from fleet.robot import Source
-from fleet.schema import build_table
-from tests.buffer.fragments import make_rows, make_spec, message
+from tests.buffer.fragments import make_spec, message
 
 P, O, S, D = Source.POLICY, Source.OPERATOR, Source.SCRIPT, Source.DEMO  # noqa: E741
 B = "b" * 16
@@ -241,19 +239,3 @@ def test_sampleable_lines_have_a_latency_a_step(tmp_path):
     sampler(tmp_path / "log", journal=journal)
     (line,) = read_journal(tmp_path / "learner.jsonl")
     assert (line["kind"], line["robot"], line["seq"], len(line["latency_ms"])) == ("sampleable", "r1", 1, 3)
-
-
-def test_columns_that_cannot_be_used_in_place_are_copied(tmp_path):
-    writer, spec = Writer(tmp_path), make_spec()
-    writer.send("r1", 0, 0, [P] * 3)
-    sink = pa.BufferOutputStream()
-    batch = build_table("steps", spec, make_rows("r1", B, 0, 3, [P] * 60))
-    with pa.ipc.new_stream(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as stream:
-        stream.write_batch(batch)
-    data = sink.getvalue().to_pybytes()
-    data += bytes(-len(data) % 64)
-    writer.ingest.offer("r1", {"boot_id": B, "seq": 2, "spec_hash": spec.hash, "tables": {"steps": len(data)}}, data)
-    writer.commit()
-    batch = sampler(tmp_path).batch(BatchNeeds(300, 2, STATE, ALL), 0)
-    frames = batch.obs[STATE[0]][:, 2]
-    assert set(frames) == set(range(63)) and (batch.actions_BHA[:, 0, 0] == frames).all()

@@ -1,0 +1,97 @@
+"""What the learner tells the sampler: scores of steps, and losses from which shares follow. Kept across restarts.
+
+A sampler that begins anew may number steps otherwise (retention ran meanwhile), so scores are kept by segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from buffer.mixture import OnlineShare
+from buffer.priority import Scores
+from fleet.batch import Adaptive, BatchNeeds, Priority, Windows
+
+Span = tuple[str, int, int]
+"""A segment's file, the number of its first step, and how many steps there are."""
+
+
+class Feedback:
+    """Scores and shares of all needs that a sampler is asked for."""
+
+    def __init__(self) -> None:
+        self._scores: dict[Priority, Scores] = {}
+        self._shares: dict[Adaptive, OnlineShare] = {}
+        self._loaded: Mapping[str, Any] = {}
+
+    def scores(self, needs: BatchNeeds, num_steps: int, spans: Callable[[], Sequence[Span]]) -> Scores | None:
+        """Scores of steps up to ``num_steps``; None where these needs have no priority."""
+        if needs.priority is None:
+            return None
+        found = self._scores.get(needs.priority)
+        if found is None:
+            found = self._scores[needs.priority] = Scores(needs.priority)
+            saved = self._loaded.get("scores", {}).get(repr(needs.priority))
+            if saved is not None:
+                found.load_state({"values": _moved(saved, num_steps, spans())})
+        found.grow(num_steps)
+        return found
+
+    def online_share(self, needs: BatchNeeds) -> Callable[[int], float] | None:
+        """By task; None where these needs have no adaptive mixture."""
+        if needs.adaptive is None:
+            return None
+        found = self._shares.get(needs.adaptive)
+        if found is None:
+            found = self._shares[needs.adaptive] = OnlineShare(needs.adaptive)
+            saved = self._loaded.get("shares", {}).get(repr(needs.adaptive))
+            if saved is not None:
+                found.load_state(saved)
+        return found.share
+
+    def add(self, windows: Windows, loss_B: np.ndarray, there_B: np.ndarray) -> None:
+        """Takes the losses of a batch.
+
+        Args:
+            there_B: False for steps that retention took away since they were drawn.
+
+        Raises:
+            LearnerError: A loss is not finite, or below 0 where steps are drawn by score.
+        """
+        for scores in self._scores.values():
+            scores.set(windows.step_B[there_B], loss_B[there_B])
+        for share in self._shares.values():
+            share.add(windows.task_B, windows.source_B, loss_B)
+
+    def drop(self, steps: np.ndarray) -> None:
+        """These steps are gone."""
+        for scores in self._scores.values():
+            scores.drop(steps[steps < scores.num_steps])
+
+    def state(self, spans: Sequence[Span]) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and numpy arrays."""
+        kept = [list(span) for span in spans]
+        scores = {repr(key): {**value.state(), "spans": kept} for key, value in self._scores.items()}
+        shares = {repr(key): value.state() for key, value in self._shares.items()}
+        return {
+            "scores": {**self._loaded.get("scores", {}), **scores},
+            "shares": {**self._loaded.get("shares", {}), **shares},
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes what ``state`` returned, for needs as they are asked for."""
+        self._loaded, self._scores, self._shares = state, {}, {}
+
+
+def _moved(saved: Mapping[str, Any], num_steps: int, spans: Sequence[Span]) -> np.ndarray:
+    """Saved values by the numbers that the same steps have now; a step that was not there then gets the highest one."""
+    old = np.asarray(saved["values"], np.float64)
+    values = np.full(num_steps, old.max(initial=0.0) or 1.0)
+    before = {file: (first, count) for file, first, count in saved["spans"]}
+    for file, first, count in spans:
+        old_first, old_count = before.get(file, (0, 0))
+        same = max(0, min(count, old_count, len(old) - old_first))
+        values[first : first + same] = old[old_first : old_first + same]
+    return values

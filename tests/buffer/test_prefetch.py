@@ -274,13 +274,25 @@ def test_closing_ends_the_threads_and_whoever_asks_then_is_told(make):
 
 def test_arrays_of_batches_that_were_dropped_or_failed_come_back(make):
     """There are depth + 2 sets: after more drops and errors than that there is still one to gather into."""
-    prefetcher = make(Watched, depth=2, workers=2, allocate=lambda name, shape, dtype: np.empty(shape, dtype))
+    allowed = set(range(0, 1000, 10))
+
+    class Held(Watched):
+        def gather(self, draw, out=None):
+            self.calls.append(("begun", draw.step))
+            until(lambda: draw.step in allowed, "it may be gathered")
+            return super().gather(draw, out)
+
+    prefetcher = make(Held, depth=2, workers=2, allocate=lambda name, shape, dtype: np.empty(shape, dtype))
     sampler = prefetcher._sampler
-    for round in range(8):
-        prefetcher.batch(OTHER if round % 2 else NEEDS, round)
-        sampler.gate.clear()  # some are being gathered when they are dropped
-        time.sleep(0.01)
-        threading.Timer(0.03, sampler.gate.set).start()
+    for first in range(0, 80, 10):
+        asking = threading.Thread(target=prefetcher.batch, args=(NEEDS, first), daemon=True)
+        asking.start()
+        until(lambda first=first: prefetcher._ahead and prefetcher._ahead[-1].step >= first + 2, "the older ones are dropped")
+        allowed |= set(range(first))
+        asking.join(10)
+        assert not asking.is_alive()
+        until(lambda first=first: {first + 1, first + 2} <= set(sampler.steps("begun")), "two are being gathered")
+    allowed |= set(range(1000))
     for _ in range(8):
         sampler.broken["gather"] = StorageError("broken")
         with pytest.raises(StorageError):

@@ -82,8 +82,7 @@ def _peer_rates(folder: Path, peers: Peers, steps: int, batches: int) -> list[tu
         if python is None:
             continue
         child = Child([python, here / script, str(folder / "frames.npy"), str(steps), str(batches), str(folder)], log)
-        while (line := child.wait_for("")) != "end":
-            facts = json.loads(line)
+        for facts in json.loads(child.wait_for("rows")):
             rates.append((f"{name}, {facts['how']}", facts["batches_per_s"], facts["cpu_ms"]))
         child.end()
     return rates
@@ -114,7 +113,7 @@ def run_memory(log: Path, sizes: Sequence[int], *, batches: int) -> list[Row]:
     rows: list[Row] = []
     have, anon = 0, []
     for size in sizes:
-        fill_log(log, size - have)
+        fill_log(log, size - have, boot_id=f"{size:016x}")
         have = size
         opened, sampled = sample_in_child(log, warm=0, batches=batches)
         say(f"memory at {size} steps: {sampled}, opened in {opened['open_s']:.2f} s")

@@ -1,4 +1,4 @@
-"""Samples windows from Reverb: ``python reverb_sample.py FRAMES STEPS BATCHES FOLDER``. Prints a JSON line, then ``end``.
+"""Samples windows from Reverb: ``python reverb_sample.py FRAMES STEPS BATCHES FOLDER``. Prints ``rows`` and JSON.
 
 The server is a process of its own and holds the items that ``reverb_client.py windows`` makes. Batches of 256 come from
 ``TrajectoryDataset`` with Reverb's prefetching. CPU is that of both processes.
@@ -55,7 +55,7 @@ def main():
         next(drawn)
     wall_s, cpu = time.perf_counter() - start, cpu_s(server.pid) + cpu_s("self") - cpu
     facts = {"how": "windows", "batches_per_s": int(batches) / wall_s, "cpu_ms": 1000 * cpu / int(batches)}
-    sys.stdout.write(json.dumps(facts) + "\nend\n")
+    sys.stdout.write(f"rows {json.dumps([facts])}\n")
     sys.stdout.flush()
     server.kill()
 

@@ -1,4 +1,4 @@
-"""Samples windows from TorchRL: ``python torchrl_sample.py FRAMES STEPS BATCHES FOLDER``. Prints JSON lines, then ``end``.
+"""Samples windows from TorchRL: ``python torchrl_sample.py FRAMES STEPS BATCHES FOLDER``. Prints ``rows`` and JSON.
 
 Two ways over the same ``LazyMemmapStorage``: ``SliceSampler`` with slices of 17 steps, which is what the library offers
 and reads all frames between t and t+16; and by hand, indexing the storage at t, t+16 and for the actions.
@@ -55,8 +55,7 @@ def measure(how, draw, batches):
     for _ in range(batches):
         draw()
     wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
-    facts = {"how": how, "batches_per_s": batches / wall_s, "cpu_ms": 1000 * cpu_s / batches}
-    sys.stdout.write(json.dumps(facts) + "\n")
+    return {"how": how, "batches_per_s": batches / wall_s, "cpu_ms": 1000 * cpu_s / batches}
 
 
 def main():
@@ -67,9 +66,11 @@ def main():
     storage = LazyMemmapStorage(steps, scratch_dir=scratch)
     buffer = TensorDictReplayBuffer(storage=storage, sampler=sampler, batch_size=BATCH * (AHEAD + 1))
     fill(buffer, frames, steps)
-    measure("storage indexed by hand", by_hand(buffer, steps), batches)
-    measure("SliceSampler", buffer.sample, max(batches // 8, 2))
-    sys.stdout.write("end\n")
+    rows = [
+        measure("storage indexed by hand", by_hand(buffer, steps), batches),
+        measure("SliceSampler", buffer.sample, max(batches // 8, 2)),
+    ]
+    sys.stdout.write(f"rows {json.dumps(rows)}\n")
     sys.stdout.flush()
     shutil.rmtree(scratch, ignore_errors=True)
 

@@ -49,8 +49,11 @@ def frame_values(episode: int, frame: int, last: bool) -> dict[str, np.ndarray]:
     }
 
 
-def make_dataset(root: Path, lengths: list[int], *, video: bool = False, more: dict | None = None, start: int = 0) -> Path:
-    """A dataset of the two tasks in turn, written by lerobot itself; ``start`` > 0 adds episodes to one that exists."""
+def make_dataset(
+    root: Path, lengths: list[int], *, video: bool = False, more: dict | None = None, start: int = 0, shift: float = 0.0
+) -> Path:
+    """A dataset of the two tasks in turn, written by lerobot itself; ``start`` > 0 adds episodes to one that exists, ``shift``
+    is added to all actions."""
     from buffer.format_lerobot import load_lerobot
 
     features = {
@@ -86,6 +89,7 @@ def make_dataset(root: Path, lengths: list[int], *, video: bool = False, more: d
         for frame in range(length):
             extra = {name: value for name, (_, value) in more.items()}
             values = frame_values(episode, frame, frame == length - 1)
+            values["action"] += np.float32(shift)
             dataset.add_frame({**values, **extra, "task": texts[episode % 2]})
         dataset.save_episode()
     dataset.finalize()

@@ -86,11 +86,15 @@ def test_the_newest_label_says_the_outcome_and_excluded_episodes_are_left_out(fo
 
 def test_an_episode_of_which_a_part_is_lost_is_left_out(tmp_path):
     begin, end = whole_episode("arm-1", 0, [DEMO] * 4)
-    middle = {"steps": make_rows("arm-1", BOOT, 1, 0, [DEMO] * 2), "episodes": [episode_row(1, "opened")]}
-    gap = {"steps": make_rows("arm-1", BOOT, 1, 3, [DEMO]), "episodes": [episode_row(1, "closed", length=4, outcome="success")]}
-    write_log(tmp_path / "a", make_spec(), [begin, end, ("arm-1", BOOT, middle), ("arm-1", BOOT, gap)])
+    fragments = [begin, end]
+    for episode, said in ((1, 4), (2, 3)):  # the closed row counts the lost frame, or does not
+        middle = {"steps": make_rows("arm-1", BOOT, episode, 0, [DEMO] * 2), "episodes": [episode_row(episode, "opened")]}
+        closed = episode_row(episode, "closed", length=said, outcome="success")
+        gap = {"steps": make_rows("arm-1", BOOT, episode, 3, [DEMO]), "episodes": [closed]}
+        fragments += [("arm-1", BOOT, middle), ("arm-1", BOOT, gap)]
+    write_log(tmp_path / "a", make_spec(), fragments)
     chosen, left_out = choose(tmp_path / "a", Selection())
-    assert list(chosen) == [("arm-1", BOOT, 0)] and left_out == {"without all of its steps": 1}
+    assert list(chosen) == [("arm-1", BOOT, 0)] and left_out == {"without all of its steps": 2}
     write_log(tmp_path / "b", make_spec(), [end])
     assert choose(tmp_path / "b", Selection()) == ({}, {"without its beginning": 1})
 

@@ -9,6 +9,7 @@ Shape suffixes: B batch, H actions in a window, A action dims, N rows to read.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -17,9 +18,11 @@ import pyarrow as pa
 
 from buffer.arena import Arena, Residency, take
 from fleet.batch import BatchNeeds, Windows
-from fleet.errors import FleetError, StorageError
+from fleet.errors import ImageError, StorageError
 from fleet.images import decode
 from fleet.spec import Feature
+
+log = logging.getLogger(__name__)
 
 Allocate = Callable[[str, tuple[int, ...], Any], np.ndarray]
 """(name, shape, dtype) -> a C contiguous array to fill. Names: "actions", "<feature>", "<feature>@<offset>"."""
@@ -83,7 +86,7 @@ def gather(draw: Draw, out: Allocate, cache: ImageCache | None, residency: Resid
     """Reads what a draw names.
 
     Raises:
-        StorageError: The disk cannot be read, or an image in the log cannot be decoded; names segment and feature.
+        StorageError: The disk cannot be read.
     """
     reader = _Reader(draw.arenas, out, cache, residency)
     return Windows(
@@ -113,7 +116,7 @@ class _Reader:
         rows = array.reshape(-1, *feature.shape)
         if read.offsets_at_N is None:
             stored = np.dtype(np.uint8) if feature.dtype == "bool" else feature.np_dtype
-            resident = take(self.arenas, read.arena_N, read.at_N, stored, rows.reshape(len(rows), -1).view(stored))
+            resident = take(self.arenas, read.arena_N, read.at_N, stored, rows.reshape(len(rows), feature.size).view(stored))
             self.residency.touched(resident, self.arenas)
         elif self.cache is None:
             decode_row = self._decoder(read)
@@ -134,12 +137,9 @@ class _Reader:
             arena = self.arenas[read.arena_N[i]]
             try:
                 row[:] = decode(read.feature, arena.read(int(starts[i, 0]), int(starts[i, 1])))
-            except FleetError as error:
-                raise StorageError(
-                    f"{read.column} at byte {starts[i, 0]} of {arena.path}: {error.what}",
-                    rule="what was accepted can be decoded",
-                    remedy="`fleet data verify` names what is damaged",
-                ) from error
+            except ImageError as error:  # a camera that sends such frames must not end the learner of all robots
+                log.warning("%s at byte %d of %s is drawn as black: %s", read.column, starts[i, 0], arena.path, error)
+                row[:] = 0
 
         return decode_row
 

@@ -49,6 +49,12 @@ class SpecError(FleetError):
     code = "spec"
 
 
+class ImageError(SpecError):
+    """The bytes of a frame are no image of the stated shape."""
+
+    code = "image"
+
+
 class FragmentRefused(FleetError):
     """A fragment does not follow its spec or its order. It is counted and never kept."""
 
@@ -113,6 +119,18 @@ class DatasetError(FleetError):
     """A dataset of another format cannot be read or written, or does not fit the run."""
 
     code = "dataset"
+
+
+class EpisodeError(FleetError):
+    """No episode or several answer to a name, or a label says of one what none may say."""
+
+    code = "episode"
+
+
+class ArchiveError(FleetError):
+    """An archive of a run is incomplete, altered, or cannot be reached."""
+
+    code = "archive"
 
 
 class ReleaseError(FleetError):

@@ -10,6 +10,7 @@ Shape suffixes: A action dims, H chunk length, T decisions of a chunk.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fleet.errors import FragmentRefused
+from fleet.images import jpeg_shape
 from fleet.spec import ACTION, Feature, RobotSpec
 
 TABLES = ("steps", "chunks", "episodes", "labels")
@@ -278,7 +280,10 @@ def check_fragment(fragment: Fragment, spec: RobotSpec, robot_id: str, boot_id: 
             frames that do not follow each other.
     """
     for name, batch in fragment.tables.items():
-        _check_columns(name, batch, table_schema(name, spec))
+        try:
+            _check_columns(name, batch, table_schema(name, spec))
+        except UnicodeDecodeError as error:  # names are decoded when they are looked at
+            raise FragmentRefused(f"a column's name in table {name!r}: {error}", rule="names are UTF-8") from None
     for name in ("steps", "labels"):
         batch = fragment.tables.get(name)
         if batch is not None:
@@ -286,6 +291,7 @@ def check_fragment(fragment: Fragment, spec: RobotSpec, robot_id: str, boot_id: 
     steps = fragment.tables.get("steps")
     if steps is not None:
         _check_finite(steps, spec)
+        _check_images(steps, spec)
         _check_order(steps)
 
 
@@ -353,6 +359,19 @@ def _check_finite(steps: pa.RecordBatch, spec: RobotSpec) -> None:
             raise FragmentRefused(f"column {name!r} has NaN or infinity", rule="actions and observations are finite")
     if not np.isfinite(steps.column("next.reward").to_numpy()).all():
         raise FragmentRefused("column 'next.reward' has NaN or infinity", rule="rewards are finite")
+
+
+def _check_images(steps: pa.RecordBatch, spec: RobotSpec) -> None:
+    for name, feature in spec.features.items():
+        if feature.codec != "jpeg":
+            continue
+        column = steps.column(name)
+        ends = np.frombuffer(column.buffers()[1], np.int32)[column.offset : column.offset + len(column) + 1].tolist()
+        data = memoryview(column.buffers()[2] or b"").cast("B")
+        for begin, end in itertools.pairwise(ends):
+            seen = jpeg_shape(data[begin:end])
+            if seen != feature.shape:
+                raise FragmentRefused(f"column {name!r} has an image of shape {seen}", rule=f"jpeg of shape {feature.shape}")
 
 
 def _check_order(steps: pa.RecordBatch) -> None:

@@ -2,15 +2,15 @@
 
     loss = E over demonstrations and operator steps of the policy's imitation loss         (HG-DAgger, arXiv 1810.02890)
 
-The policy's own steps are never targets. Each batch is half demonstrations, half operator steps (uniform replay
-lets whichever is larger drown the other). As in SOP (arXiv 2601.03044) everything streams
-into one buffer and one policy serves all tasks.
+The policy's own steps are never targets. As in SOP (arXiv 2601.03044) everything streams into one buffer, one policy serves
+all tasks, and operator steps get a stated share of each batch (uniform replay lets whichever is larger drown the other):
+one half (``mixture: fixed``), or the share that follows from the losses of both sides, by task (``adaptive``, SOP's; its
+coefficient is not published, so the fixed half, within its clip range [0.2, 0.8], is the default).
 
 Added: windows cut by an episode's end or a takeover's border are filled with their last valid action (``fill_ends``).
 
 Left out of HG-DAgger: the doubt threshold learnt from an ensemble, because here an operator decides when to take over.
-Left out of SOP: its loss-weighted share of online data per task (its coefficient is not published; half and half is within its
-clip range [0.2, 0.8]), and weights that change only between episodes (here they change between chunks).
+Left out of SOP: weights that change only between episodes (here they change between chunks).
 
 Shape suffixes: B batch, H chunk length, A action dims.
 """
@@ -28,7 +28,7 @@ from algorithms.base import Batch, LossOutput, Part, generator
 from algorithms.ema import Ema
 from algorithms.policies.base import Chunk
 from algorithms.windows import fill_with_last_action
-from fleet.batch import BatchNeeds
+from fleet.batch import Adaptive, BatchNeeds
 from fleet.errors import ConfigError
 from fleet.robot import Source
 
@@ -47,6 +47,10 @@ class HgDaggerConfig:
     """B, windows a step."""
     operator_share: float = 0.5
     """Fraction of a batch from operator steps; the rest are demonstrations. Whoever has no data leaves it all to the other."""
+    mixture: str = "fixed"
+    """``fixed``: ``operator_share``. ``adaptive``: whichever side has the higher loss gets more, by task (SOP)."""
+    adaptive_alpha: float = 1.5
+    """SOP's coefficient of the loss on operator steps; above 1 it favours them."""
     ema_decay: float = 0.995
     """Of the average that acts; 0 publishes the newest weights."""
     fill_ends: bool = True
@@ -68,6 +72,8 @@ class HgDagger:
                 f"batch_size {config.batch_size}",
                 rule="0 < operator_share < 1, 0 <= ema_decay < 1, batch_size >= 1",
             )
+        if config.mixture not in ("fixed", "adaptive"):
+            raise ConfigError(f"hg_dagger has mixture {config.mixture!r}", rule="mixture is fixed or adaptive")
         self.config, self._policy, self._step = config, policy, 0
         self._ema = Ema(policy, config.ema_decay)
         self._optimizer: torch.optim.Optimizer | None = None
@@ -77,7 +83,10 @@ class HgDagger:
             (Source.DEMO,): 1 - config.operator_share,
             (Source.OPERATOR,): config.operator_share,
         }
-        self.needs = BatchNeeds(config.batch_size, policy.spec.horizon, tuple(policy.spec.reads), shares)
+        sides = Adaptive(online=(Source.OPERATOR,), offline=(Source.DEMO,), alpha=config.adaptive_alpha)
+        adaptive = sides if config.mixture == "adaptive" else None
+        reads = tuple(policy.spec.reads)
+        self.needs = BatchNeeds(config.batch_size, policy.spec.horizon, reads, shares, adaptive=adaptive)
 
     def prepare(self, batch: Batch) -> Batch:
         return fill_with_last_action(batch) if self.config.fill_ends else batch

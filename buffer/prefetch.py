@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -37,6 +37,12 @@ class Sampling(Protocol):
     def draw(self, needs: BatchNeeds, step: int, newest_version: int = -1) -> Draw: ...
 
     def gather(self, draw: Draw, out: Allocate | None = None) -> Windows: ...
+
+    def feed_back(self, windows: Windows, loss_B: np.ndarray) -> None: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Arrays:
@@ -152,6 +158,21 @@ class Prefetcher:
             assert job.windows is not None and job.draw is not None
             self._lent, self.position = job.arrays, job.draw.position
             return job.windows
+
+    def feed_back(self, windows: Windows, loss_B: np.ndarray) -> None:
+        """Gives the sampler the losses of a batch, before it draws what is asked for next: ``depth`` batches later.
+
+        What the sampler raises is raised by a later call of this class.
+        """
+        self.post(lambda: self._sampler.feed_back(windows, loss_B))
+
+    def state(self) -> dict[str, Any]:
+        """As the sampler, after all that was fed back."""
+        return self.ask(self._sampler.state)
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """As the sampler, before whatever is asked for later."""
+        self.post(lambda: self._sampler.load_state(state))
 
     def post(self, call: Callable[[], None]) -> None:
         """Has something done by the thread that owns the sampler, before whatever is asked for later."""

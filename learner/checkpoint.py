@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -149,12 +151,23 @@ class Checkpoints:
 
 
 def freeze(state: Any) -> Any:
-    """A copy of a nested state whose tensors lie on the CPU and do not change any more."""
+    """A copy of a nested state whose tensors lie on the CPU and do not change any more. Arrays become tensors."""
+    if isinstance(state, np.ndarray):
+        return torch.from_numpy(state.copy())
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True).contiguous()
     if isinstance(state, Mapping):
         return {key: freeze(value) for key, value in state.items()}
     return [freeze(value) for value in state] if isinstance(state, (list, tuple)) else state
+
+
+def to_arrays(state: Any) -> Any:
+    """A nested state of a checkpoint with arrays in place of tensors, for what knows nothing of torch."""
+    if isinstance(state, Tensor):
+        return state.numpy()
+    if isinstance(state, Mapping):
+        return {key: to_arrays(value) for key, value in state.items()}
+    return [to_arrays(value) for value in state] if isinstance(state, list) else state
 
 
 def _take_tensors(state: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -30,6 +30,10 @@ class Engine(Protocol):
         """
         ...
 
+    def per_sample(self, part: str) -> Tensor:
+        """Losses of the samples of the part's last batch (B,), before that update; float32 on the CPU."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """State of the optimizers by part and parameter name: tensors and plain data, the same for every engine."""
         ...
@@ -60,6 +64,7 @@ class TorchEngine:
         # Read once: while one part is updated the others are frozen, and this says what to thaw afterwards.
         self._trained = {name: _trainable(module) for name, module in self._modules.items()}
         self._optimizers = {name: part.make_optimizer(self._trained[name].values()) for name, part in algorithm.parts.items()}
+        self._per_sample: dict[str, list[Tensor]] = {}
         self._others = {
             name: [
                 p
@@ -107,15 +112,21 @@ class TorchEngine:
         """Sums loss, weight and stats over the micro-batches; None when nothing in the batch has weight."""
         total, weight = torch.zeros(()), torch.zeros(())
         stats: dict[str, Tensor] = {}
+        per_sample = self._per_sample[part] = []
         for micro, share in micro_batches(batch, self._micro_batch):
             out = loss(part, micro)
             out.sum.backward()
+            per_sample.append(out.per_sample_B.detach())
             total = total.to(out.sum.device) + out.sum.detach().float()
             weight = weight.to(out.sum.device) + out.weight.detach().float()
             for name, value in out.stats.items():
                 part_of_it = value.detach().float().to(out.sum.device) * share
                 stats[name] = stats[name] + part_of_it if name in stats else part_of_it
         return (total, weight, stats) if float(weight) > 0 else None
+
+    def per_sample(self, part: str) -> Tensor:
+        """See Engine. Copied when it is asked for."""
+        return torch.cat(self._per_sample[part]).float().cpu()
 
     def state(self) -> dict[str, Any]:
         """See Engine. The tensors are the live ones."""

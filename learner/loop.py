@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from fleet.batch import BatchNeeds, Windows
 from fleet.errors import LearnerError, NoData
 from fleet.robot import Source
 from learner.background import Background
-from learner.checkpoint import Checkpoint, Checkpoints, freeze
+from learner.checkpoint import Checkpoint, Checkpoints, freeze, to_arrays
 from learner.engine import Engine
 from learner.feed import Upload
 from learner.progress import Progress
@@ -45,6 +46,16 @@ class BatchSource(Protocol):
     def batch(self, needs: BatchNeeds, step: int, newest_version: int = -1) -> Windows:
         """Its arrays may be overwritten from the next call on."""
         ...
+
+    def feed_back(self, windows: Windows, loss_B: np.ndarray) -> None:
+        """Losses of the samples of a batch, for priorities and adaptive mixtures."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What draws depend on beside (seed, step, position): plain data and numpy arrays."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +143,7 @@ class Loop:
                 f"the checkpoint of step {checkpoint.step} does not fit: {error}"[:500], rule="same modules, same shapes"
             ) from None
         engine.load_state(state["optimizers"])
+        self._source.load_state(to_arrays(state["sampler"]))
         self._limiter.load(meta["rate"])
         self._limiter.insert(self._source.num_steps() - int(meta["num_steps"]))  # what came since; retention may have run
         self.progress.step = self._saved = checkpoint.step
@@ -236,9 +248,24 @@ class Loop:
                     raise LearnerError(what, rule=error.rule, remedy=error.remedy) from None
                 prefix = "" if len(algorithm.parts) == 1 else f"{part}."
                 stats.update({prefix + name: value for name, value in numbers.items()})
+        self._feed_back(algorithm, engine)
         with self._timed("after_step"):
             algorithm.after_step(step, stats)
         self.progress.step, self.progress.stats = step + 1, stats
+
+    def _feed_back(self, algorithm: Algorithm, engine: Engine) -> None:
+        """Gives the source the losses of the first part's samples, where what is drawn next depends on them."""
+        if algorithm.needs.priority is None and algorithm.needs.adaptive is None:
+            return
+        part, num_windows = next(iter(algorithm.parts)), len(self._windows.step_B)
+        with self._timed("feed_back"):
+            loss_B = engine.per_sample(part).numpy()
+            if loss_B.shape != (num_windows,):
+                raise LearnerError(
+                    f"part {part!r} of {algorithm.name} has losses of shape {loss_B.shape} for {num_windows} windows",
+                    rule="per_sample_B has one loss a window, in their order, where sampling depends on losses",
+                )
+            self._source.feed_back(self._windows, loss_B)
 
     def _seed_torch(self, step: int) -> None:
         """What draws from torch's own generators (dropout, say) is a function of (seed, step) too."""
@@ -290,7 +317,10 @@ class Loop:
         with self._timed("checkpoint"):
             algorithm, engine = self._trained()
             parts = {name: part.module.state_dict() for name, part in algorithm.parts.items()}
-            state = freeze({"parts": parts, "algorithm": algorithm.state_dict(), "optimizers": engine.state()})
+            sampler = self._source.state()
+            state = freeze(
+                {"parts": parts, "algorithm": algorithm.state_dict(), "optimizers": engine.state(), "sampler": sampler}
+            )
             meta = {
                 **self._settings.meta,
                 "phase": self._phase,

@@ -50,6 +50,15 @@ class MemorySource:
     def num_steps(self, source: Source | None = None) -> int:
         return self._visible if source in (None, Source.DEMO) else 0
 
+    def feed_back(self, windows: Windows, loss_B: np.ndarray) -> None:
+        pass
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass
+
     def batch(self, needs: BatchNeeds, step: int, newest_version: int = -1) -> Windows:
         if not self._visible or all(Source.DEMO not in group for group in needs.shares):
             raise NoData("no step of these sources")

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from fleet.errors import FragmentRefused
 from fleet.images import jpeg_shape
@@ -302,7 +301,7 @@ def _check_columns(name: str, batch: pa.RecordBatch, expected: pa.Schema) -> Non
         column = batch.column(field.name)
         if column.null_count:
             raise FragmentRefused(f"column {field.name!r} of table {name!r} has nulls", rule="no nulls")
-        if field.type == pa.string() and (longest := pc.max(pc.binary_length(column)).as_py()) > MAX_TEXT_BYTES:
+        if field.type == pa.string() and (longest := int(np.diff(_ends(column)).max())) > MAX_TEXT_BYTES:
             raise FragmentRefused(
                 f"column {field.name!r} of table {name!r} has a text of {longest} bytes", rule=f"at most {MAX_TEXT_BYTES}"
             )
@@ -366,12 +365,17 @@ def _check_images(steps: pa.RecordBatch, spec: RobotSpec) -> None:
         if feature.codec != "jpeg":
             continue
         column = steps.column(name)
-        ends = np.frombuffer(column.buffers()[1], np.int32)[column.offset : column.offset + len(column) + 1].tolist()
+        ends = _ends(column).tolist()
         data = memoryview(column.buffers()[2] or b"").cast("B")
         for begin, end in itertools.pairwise(ends):
             seen = jpeg_shape(data[begin:end])
             if seen != feature.shape:
                 raise FragmentRefused(f"column {name!r} has an image of shape {seen}", rule=f"jpeg of shape {feature.shape}")
+
+
+def _ends(column: pa.Array) -> np.ndarray:
+    """Where the values of a string or binary column begin and end in its bytes."""
+    return np.frombuffer(column.buffers()[1], np.int32)[column.offset : column.offset + len(column) + 1]
 
 
 def _check_order(steps: pa.RecordBatch) -> None:

@@ -9,7 +9,6 @@ Shape suffixes: B batch, H actions in a window, A action dims, N rows to read.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -22,8 +21,6 @@ from fleet.errors import ImageError, StorageError
 from fleet.images import decode
 from fleet.spec import Feature
 
-log = logging.getLogger(__name__)
-
 Allocate = Callable[[str, tuple[int, ...], Any], np.ndarray]
 """(name, shape, dtype) -> a C contiguous array to fill. Names: "actions", "<feature>", "<feature>@<offset>"."""
 
@@ -32,7 +29,7 @@ class ImageCache(Protocol):
     """Decoded images: ``buffer.image_cache.ImageCache``."""
 
     def rows(
-        self, column: str, keys: np.ndarray, out: np.ndarray, decode_missing: Callable[[int, np.ndarray], None]
+        self, column: str, keys: np.ndarray, out: np.ndarray, decode_missing: Callable[[int, np.ndarray], bool]
     ) -> None: ...
 
     def cached(self, keys: np.ndarray, columns: tuple[str, ...] | None = None) -> np.ndarray: ...
@@ -82,14 +79,17 @@ class Draw:
     chunks_N: np.ndarray
 
 
-def gather(draw: Draw, out: Allocate, cache: ImageCache | None, residency: Residency) -> Windows:
+def gather(draw: Draw, out: Allocate, cache: ImageCache | None, residency: Residency) -> tuple[Windows, dict[int, str]]:
     """Reads what a draw names.
+
+    Returns:
+        The windows; and of those with an image that cannot be decoded, which is black here, the place in the batch and why.
 
     Raises:
         StorageError: The disk cannot be read.
     """
-    reader = _Reader(draw.arenas, out, cache, residency)
-    return Windows(
+    reader = _Reader(draw.arenas, out, cache, residency, {})
+    windows = Windows(
         obs={name: reader.read(name, read) for name, read in draw.obs.items()},
         obs_at={
             offset: {name: reader.read(f"{name}@{offset}", read) for name, read in reads.items()}
@@ -99,6 +99,7 @@ def gather(draw: Draw, out: Allocate, cache: ImageCache | None, residency: Resid
         replay=_replay(draw) if draw.needs.replay else {},
         **draw.facts,
     )
+    return windows, reader.undecodable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,7 @@ class _Reader:
     allocate: Allocate
     cache: ImageCache | None
     residency: Residency
+    undecodable: dict[int, str]
 
     def read(self, name: str, read: Read) -> np.ndarray:
         feature = read.feature
@@ -126,20 +128,22 @@ class _Reader:
             self.cache.rows(read.column, read.steps_N, rows, self._decoder(read))
         return array
 
-    def _decoder(self, read: Read) -> Callable[[int, np.ndarray], None]:
+    def _decoder(self, read: Read) -> Callable[[int, np.ndarray], bool]:
         assert read.offsets_at_N is not None
         pair_N2 = np.empty((len(read.steps_N), 2), np.int32)
         resident = take(self.arenas, read.arena_N, read.offsets_at_N, pair_N2.dtype, pair_N2)
         self.residency.touched(resident, self.arenas)
         starts = read.at_N[:, None] + pair_N2
 
-        def decode_row(i: int, row: np.ndarray) -> None:
+        def decode_row(i: int, row: np.ndarray) -> bool:
             arena = self.arenas[read.arena_N[i]]
             try:
                 row[:] = decode(read.feature, arena.read(int(starts[i, 0]), int(starts[i, 1])))
             except ImageError as error:  # a camera that sends such frames must not end the learner of all robots
-                log.warning("%s at byte %d of %s is drawn as black: %s", read.column, starts[i, 0], arena.path, error)
+                self.undecodable[i] = f"{read.column} at byte {starts[i, 0]} of {arena.path}: {error.what}"
                 row[:] = 0
+                return False
+            return True
 
         return decode_row
 

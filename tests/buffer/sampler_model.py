@@ -60,8 +60,8 @@ class Episode:
 class Recorder:
     """Sends to a log what robots send, and keeps it as lists."""
 
-    def __init__(self, folder, *, image=None, segment_bytes=1 << 20):
-        self.folder, self.spec, self.segment_bytes = folder, make_spec(image=image), segment_bytes
+    def __init__(self, folder, *, image=None, extra=0, segment_bytes=1 << 20):
+        self.folder, self.spec, self.segment_bytes = folder, make_spec(image=image, extra=extra), segment_bytes
         self.episodes: dict[tuple[int, int], Episode] = {}
         self.seqs, self.chunk_ids = collections.Counter(), collections.Counter()
         self.labels_seq = 0

@@ -16,7 +16,6 @@ from fleet.files import Files
 from fleet.robot import Source
 from tests.buffer.sampler_model import EPISODES, NEEDS, STATE, TASKS, Recorder, assert_same, assert_windows, record_all
 
-
 SCALE = int(os.environ.get("FLEET_TEST_SCALE", "1"))
 
 
@@ -27,7 +26,9 @@ def drawn(sampler, needs, step):
         return None
 
 
-@settings(max_examples=20 * SCALE, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=20 * SCALE, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     episodes=EPISODES,
     needs=st.lists(NEEDS, min_size=1, max_size=2),

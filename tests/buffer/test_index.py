@@ -1,0 +1,349 @@
+"""Gaps, retention, labels, feedback and threads: what becomes of the sampler's index while the log changes."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from buffer.parts import PartBuilder
+from buffer.reader import LogReader
+from buffer.retention import Limits, prune
+from buffer.sampler import Sampler
+from buffer.segment import list_segments
+from fleet.batch import Adaptive, BatchNeeds, Filter, Outcome, Priority, Within
+from fleet.errors import LearnerError, NoData
+from fleet.robot import Source
+from fleet.schema import build_table, decode_fragment, encode_fragment
+from tests.buffer.fragments import episode_row, make_rows, make_spec
+from tests.buffer.sampler_model import BOOT, STATE, TASKS, Recorder, assert_windows
+
+P, O, D = int(Source.POLICY), int(Source.OPERATOR), int(Source.DEMO)  # noqa: E741
+ALL = {tuple(Source): 1.0}
+LATER = Limits(max_age_ns=1)
+
+
+def sampler_of(folder, **options):
+    made = Sampler(folder, TASKS, 3, **options)
+    made.poll()
+    return made
+
+
+def drawn(sampler, needs, steps=range(20)):
+    """(robot, episode, frame) of everything that is drawn."""
+    states = np.concatenate([sampler.batch(needs, step).obs[STATE] for step in steps])
+    return {tuple(int(v) for v in state) for state in states}
+
+
+def record_with_corrections(folder, num_episodes=10):
+    """Every third episode, the second one first, has an operator's steps; segments are small."""
+    recorder = Recorder(folder, extra=5000, segment_bytes=1)
+    for episode in range(num_episodes):
+        sources = [P, P, O] if episode % 3 == 1 else [P, P, P]
+        for part in range(4):
+            ends = {"closed": "success", "end": "terminated"} if part == 3 else {}
+            rewards = [0.5, 0.0, 1.0]
+            opened = {"seed": episode} if part == 0 else None
+            new_chunk = episode if part % 2 == 0 else None
+            recorder.fragment(episode % 2, episode, sources, rewards=rewards, opened=opened, new_chunk=new_chunk, **ends)
+            recorder.commit()
+    return recorder
+
+
+def episodes_in(folder):
+    """(robot, episode) of which the log has steps."""
+    found = set()
+    for record in LogReader(folder).poll():
+        steps = decode_fragment(record.tables, record.payload).tables["steps"]
+        found.add((int(record.robot_id[1:]), steps.column("episode_id")[0].as_py()))
+    return found
+
+
+def test_steps_that_retention_takes_are_not_drawn_and_what_it_keeps_stays_whole(tmp_path):
+    recorder = record_with_corrections(tmp_path)
+    follower = sampler_of(tmp_path)
+    needs = BatchNeeds(100, 5, (STATE,), ALL, offsets=(-3, 0, 4), within=Within.BOOT, replay=("replay.seed", "log_prob_T"))
+    early = follower.draw(needs, 0)
+    before = follower.gather(early)
+    assert len(list_segments(tmp_path)) > 3
+    recorder.close()
+    prune(tmp_path, dataclasses.replace(LATER, protect=("operator",)), dry_run=False)
+    recorder.open()
+    recorder.fragment(1, 11, [P, O, O], opened={}, new_chunk=9)
+    recorder.commit()
+    assert follower.poll() == 3, "what retention wrote anew is not new"
+    kept = episodes_in(tmp_path)
+    left = {key: episode for key, episode in recorder.episodes.items() if key in kept}
+    assert {key for key in recorder.episodes if key[1] % 3 == 1} <= kept and len(left) < len(recorder.episodes)
+    recorder.episodes, everything = left, recorder.episodes
+    for sampler in (follower, sampler_of(tmp_path)):
+        assert sampler.num_steps() == sum(len(e.steps) for e in left.values())
+        for within in Within:
+            narrow = dataclasses.replace(needs, within=within)
+            assert_windows(recorder, sampler.batch(narrow, 1), narrow)
+        assert drawn(sampler, needs) == recorder.drawable()
+        table = sampler.index.episodes
+        for robot, episode in everything:
+            row = table.find((f"r{robot}", BOOT, episode))
+            gone = row is None or table.first_step[row] < 0
+            assert gone == ((robot, episode) not in left)
+    after = follower.gather(early)
+    assert (after.actions_BHA == before.actions_BHA).all(), "a draw in flight reads what it named"
+    assert follower.index.fragment.first > 0, "memory of the oldest steps is let go of"
+
+
+def test_scores_follow_their_steps_through_a_restart_after_retention(tmp_path):
+    recorder = record_with_corrections(tmp_path)
+    follower = sampler_of(tmp_path)
+    needs = BatchNeeds(200, 1, (STATE,), ALL, priority=Priority(alpha=1.0, beta=1.0))
+    for step in range(30):
+        windows = follower.batch(needs, step)
+        follower.feed_back(windows, np.where(windows.obs[STATE][:, 1] == 7, 1.0, 0.001))
+    windows = follower.batch(needs, 50)
+    rare = windows.obs[STATE][:, 1] != 7
+    assert rare.mean() < 0.2 and windows.weight_B[rare].min(initial=1) > 100 * windows.weight_B[~rare].max()
+    recorder.close()
+    state = follower.state()
+    prune(tmp_path, dataclasses.replace(LATER, protect=("operator",)), dry_run=False)
+    restarted = sampler_of(tmp_path)
+    restarted.load_state(state)
+    follower.poll()
+    assert follower.num_steps() == restarted.num_steps() < sum(len(e.steps) for e in recorder.episodes.values())
+    newest = list_segments(tmp_path)[-1].path.name
+    assert any(span[0] == newest for span in follower.state()["scores"][repr(needs.priority)]["spans"])
+    shares = [np.mean(s.batch(needs, 60).obs[STATE][:, 1] == 7) for s in (follower, restarted)]
+    assert shares[0] > 0.5
+    follower.feed_back(windows, np.ones(200))  # steps of which some are gone
+
+
+def test_losses_move_an_adaptive_mixture_and_are_kept(tmp_path):
+    recorder = Recorder(tmp_path)
+    recorder.fragment(0, 0, [D] * 50, opened={})
+    recorder.fragment(1, 0, [P] * 50, opened={})
+    recorder.commit()
+    needs = BatchNeeds(1000, 1, (STATE,), {}, adaptive=Adaptive(window=5))
+    sampler = sampler_of(tmp_path)
+
+    def online(s, step):
+        return float((s.batch(needs, step).source_B == P).mean())
+
+    assert abs(online(sampler, 0) - 0.5) < 0.01
+    for step in range(5):
+        windows = sampler.batch(needs, step)
+        sampler.feed_back(windows, np.where(windows.source_B == P, 2.0, 0.5))
+    assert abs(online(sampler, 9) - 0.8) < 0.01
+    restarted = sampler_of(tmp_path)
+    restarted.load_state(sampler.state())
+    assert online(restarted, 9) == online(sampler, 9)
+    with pytest.raises(LearnerError):
+        sampler.feed_back(windows, np.full(1000, np.nan))
+
+
+def test_a_damaged_fragment_is_a_gap_that_no_window_crosses(tmp_path):
+    recorder = Recorder(tmp_path)
+    for part in range(3):
+        recorder.fragment(1, 0, [P] * 4, rewards=[1.0] * 4, closed="success" if part == 2 else None, opened={})
+    recorder.commit()
+    recorder.close()
+    (record,) = [r for r in LogReader(tmp_path).poll() if r.seq == 2]
+    with record.segment.name.path.open("r+b") as file:
+        file.seek(record.payload_at + 100)
+        file.write(b"\xff\xff\xff\xff")
+    damaged = sampler_of(tmp_path)
+    assert damaged.num_steps() == 8
+    needs = BatchNeeds(100, 6, (STATE,), ALL, offsets=(-2, 0), within=Within.BOOT)
+    batch = damaged.batch(needs, 0)
+    for state, mask, total, to_go in zip(batch.obs[STATE], batch.mask_BH, batch.return_B, batch.steps_to_go_B, strict=True):
+        frame = int(state[2])
+        assert mask.sum() == min(6, (4 if frame < 4 else 12) - frame)
+        assert np.isnan(total) if frame < 4 else total == 12 - frame
+        assert to_go == 12 - frame
+    assert (batch.obs_at[-2][STATE][:, 2] >= np.where(batch.frame_B < 4, 0, 8)).all()
+
+
+def test_columns_that_are_not_aligned_are_refused_and_counted(tmp_path):
+    spec = make_spec()
+    directory, payload = encode_fragment({"steps": build_table("steps", spec, make_rows("r1", BOOT, 0, 0, [P] * 3))})
+    memory = np.zeros(len(payload) + 64, np.uint8)
+    for shift, num_fragments in ((0, 1), (2, 0)):
+        memory[shift : shift + len(payload)] = np.frombuffer(payload, np.uint8)
+
+        whole = pa.py_buffer(memory)
+        builder = PartBuilder(whole.address, whole.size)
+        fields = {"robot_id": "r1", "boot_id": BOOT, "seq": 1, "spec_hash": spec.hash, "tables": directory, "payload_at": shift}
+        builder.add(type("Record", (), {**fields, "payload": whole.slice(shift, len(payload))})())
+        part = builder.build()
+        assert (part.num_fragments, part.num_records, bool(part.refused)) == (num_fragments, 1, not num_fragments)
+
+
+def test_the_newest_label_counts_whenever_it_comes(tmp_path):
+    recorder = Recorder(tmp_path)
+    table = lambda rows: build_table("labels", recorder.spec, rows)  # noqa: E731
+    own = {"robot_id": "r0", "boot_id": BOOT, "episode_id": 0, "field": "outcome", "judge": "classifier"}
+    tables = {
+        "steps": build_table("steps", recorder.spec, make_rows("r0", BOOT, 0, 0, [P] * 4)),
+        "episodes": build_table("episodes", recorder.spec, [episode_row(0, "closed", length=4, outcome="unknown")]),
+        "labels": table([{**own, "value": "failure", "time_ns": 10}, {**own, "value": "success", "time_ns": 8}]),
+    }
+    directory, payload = encode_fragment(tables)
+    recorder.ingest.admit("r0", BOOT, recorder.spec)
+    fields = {"boot_id": BOOT, "seq": 1, "spec_hash": recorder.spec.hash, "tables": directory}
+    sampler = sampler_of(tmp_path)
+
+    def outcome():
+        sampler.poll()
+        return Outcome(int(sampler.batch(BatchNeeds(4, 1, (STATE,), ALL), 0).outcome_B[0]))
+
+    recorder.seqs[0] = 1
+    recorder.ingest.offer("r0", fields, payload)
+    recorder.commit()
+    assert outcome() is Outcome.FAILURE, "the newest by time, not the last row"
+    recorder.episodes[0, 0] = type("Known", (), {"labels": {}})()
+    for value, time_ns, want in (
+        ("success", 9, Outcome.FAILURE),
+        ("success", 10, Outcome.SUCCESS),
+        ("nonsense", 99, Outcome.SUCCESS),
+        ("aborted", 11, Outcome.ABORTED),
+        ("unknown", 11, Outcome.UNKNOWN),
+    ):
+        recorder.label(0, 0, "outcome", value, time_ns)
+        recorder.commit()
+        assert outcome() is want
+    recorder.label(0, 0, "excluded", "true", 1)
+    recorder.commit()
+    with pytest.raises(NoData):
+        outcome()
+    recorder.label(0, 0, "excluded", "false", 2)
+    recorder.commit()
+    assert outcome() is Outcome.UNKNOWN
+
+
+def test_an_episode_that_another_one_ended_stays_open(tmp_path):
+    recorder = Recorder(tmp_path)
+    recorder.fragment(0, 0, [P] * 3, opened={"group_id": "g", "reset_state_id": "s"}, new_chunk=4)
+    recorder.fragment(0, 1, [P, O], opened={"seed": 5}, closed="failure")
+    recorder.commit()
+    sampler = sampler_of(tmp_path)
+    table = sampler.index.episodes
+    assert table.finished.view.tolist() == [False, True] and table.outcome.view.tolist() == [Outcome.OPEN, Outcome.FAILURE]
+    assert table.group_id == ["g", ""] and table.start == ["s", "seed:5"]
+    assert (table.first_version.view.tolist(), table.last_version.view.tolist()) == ([4, -1], [4, -1])
+    assert table.length.view.tolist() == [3, 2] and table.num_operator_steps.view.tolist() == [0, 1]
+    assert table.first_step.view.tolist() == [0, 3]
+
+
+def test_groups_pairs_and_their_windows(tmp_path):
+    recorder = Recorder(tmp_path)
+    for episode, outcome in enumerate(["success", "failure", "success", "failure"]):
+        group = {"group_id": f"g{episode // 2}", "seed": episode // 2}
+        row = {"opened": group, "closed": outcome, "new_chunk": 1}
+        recorder.fragment(0, episode, [P] * 7, **row)
+    recorder.commit()
+    sampler = sampler_of(tmp_path)
+    needs = BatchNeeds(1, 3, (STATE,), ALL)
+    for group in sampler.pairs(5, 0):
+        won, lost = (sampler.index.episodes.outcome[n] for n in group)
+        assert (won, lost) == (Outcome.SUCCESS, Outcome.FAILURE)
+    draw = sampler.windows_of([2, 0], needs, stride=3)
+    windows = sampler.gather(draw)
+    assert windows.obs[STATE][:, 1:].tolist() == [[2, 0], [2, 3], [2, 6], [0, 0], [0, 3], [0, 6]]
+    assert windows.episode_B.tolist() == [2, 2, 2, 0, 0, 0]
+    assert_windows(recorder, windows, needs)
+    assert len(sampler.gather(sampler.windows_of([], needs)).step_B) == 0
+
+
+def test_batches_are_gathered_in_threads_while_the_log_grows(tmp_path):
+    recorder = Recorder(tmp_path, image="raw", segment_bytes=80_000)
+    recorder.fragment(1, 0, [P] * 5, opened={})
+    recorder.commit()
+    follower, image = sampler_of(tmp_path, mapped_bytes=1), "observation.images.top"
+    needs = BatchNeeds(32, 4, (STATE, image), ALL, offsets=(0, 2))
+    draws, failures, stop = [], [], threading.Event()
+
+    def work():
+        while not stop.is_set():
+            try:
+                windows = follower.gather(draws[-1])
+                frames = windows.obs[STATE][:, 2]
+                assert (windows.obs[image][:, 0, 0, 0] == frames).all() and (windows.actions_BHA[:, 0, 0] == frames).all()
+                assert (windows.obs_at[2][image][:, 3, 3, 1] == windows.obs_at[2][STATE][:, 2]).all()
+            except BaseException as error:
+                failures.append(error)
+                raise
+
+    draws.append(follower.draw(needs, 0))
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for step in range(1, 40):
+        recorder.fragment(1, 0, [P] * 5)
+        recorder.commit()
+        follower.poll()
+        draws.append(follower.draw(needs, step))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failures and len(list_segments(tmp_path)) > 2
+
+
+RESIDENT = """
+import sys
+from pathlib import Path
+from buffer.sampler import Sampler
+from fleet.batch import BatchNeeds
+from fleet.robot import Source
+def resident_mb():
+    text = Path("/proc/self/status").read_text()
+    return int(text.split("RssFile:")[1].split()[0]) / 1024
+sampler = Sampler(Path(sys.argv[1]), ("reach",), 0, mapped_bytes=int(sys.argv[2]))
+sampler.poll()
+needs = BatchNeeds(256, 1, ("observation.state", "extra.ballast"), {tuple(Source): 1.0})
+sampler.batch(needs, 0)
+first = resident_mb()
+for step in range(12):
+    sampler.batch(needs, step)
+print(sampler.num_steps(), first, resident_mb())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+def test_resident_pages_of_the_segments_are_bounded(tmp_path):
+    recorder = Recorder(tmp_path, extra=65_000, segment_bytes=64 << 20)
+    for _ in range(50):
+        recorder.fragment(1, 0, [P] * 10)
+        recorder.commit()
+    grown = []  # the segment is not sealed: its checksums are verified, which reads all of it
+    for mapped in (4 << 20, 1 << 30):
+        done = subprocess.run([sys.executable, "-c", RESIDENT, str(tmp_path), str(mapped)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        num_steps, _, after = (float(v) for v in done.stdout.split())
+        assert num_steps == 500
+        grown.append(after)
+    assert grown[1] - grown[0] > 15, f"RssFile with 4 MB and 1 GB: {grown}"
+
+
+def test_pages_that_small_rows_fault_in_are_counted_and_handed_back(tmp_path):
+    recorder = Recorder(tmp_path, extra=40_000)
+    for _ in range(8):
+        recorder.fragment(1, 0, [P] * 5)
+    recorder.commit()
+    tight, loose = sampler_of(tmp_path, mapped_bytes=300_000), sampler_of(tmp_path)
+    needs, counts = BatchNeeds(64, 1, (STATE,), ALL), []
+    for sampler in (tight, loose):
+        for arena in sampler._arenas:
+            arena.forget()
+        sampler.batch(needs, 0)
+        counts.append(sum(int(arena._faulted.sum()) for arena in sampler._arenas))
+    assert counts[1] >= 8 > counts[0]
+
+
+def test_unknown_filters_name_what_the_log_has(tmp_path):
+    recorder = Recorder(tmp_path)
+    recorder.fragment(0, 0, [P] * 3, opened={})
+    recorder.commit()
+    with pytest.raises(NoData, match="policy"):
+        sampler_of(tmp_path).batch(BatchNeeds(4, 1, (STATE,), ALL, filter=Filter(outcomes=(Outcome.SUCCESS,))), 0)

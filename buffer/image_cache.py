@@ -15,7 +15,7 @@ import numpy as np
 
 PAGE_BYTES = 8 << 20
 
-DecodeMissing = Callable[[int, np.ndarray], None]  # place in keys, row to fill
+DecodeMissing = Callable[[int, np.ndarray], bool]  # place in keys, row to fill -> whether it may be kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +90,9 @@ class ImageCache:
             column: Name of the feature. All its rows have one shape.
             keys: (N,) integers >= 0; the same key is always the same image.
             out: (N, ...) uint8, C contiguous, the caller's.
-            decode_missing: Called with the place i in ``keys`` and the row ``out[i]``, once for each different key that
-                is missing, without the lock. What it raises goes through; then nothing of this call is kept.
+            decode_missing: Called with the place i in ``keys`` and the row ``out[i]``, without the lock. Says whether the
+                row may be kept, and is then called once for each different key. What it raises goes through; then nothing
+                of this call is kept.
         """
         if not out.flags.c_contiguous:
             raise ValueError(f"out has strides {out.strides}; its rows are filled in place, so it must be C contiguous")
@@ -100,11 +101,11 @@ class ImageCache:
             return
         decoded: dict[int, int] = {}
         for i in places:
-            first = decoded.setdefault(int(keys[i]), i)
-            if first == i:
-                decode_missing(i, out[i])
-            else:
-                out[i] = out[first]
+            key = int(keys[i])
+            if key in decoded:
+                out[i] = out[decoded[key]]
+            elif decode_missing(i, out[i]):
+                decoded[key] = i
         self._keep(column, decoded, out.reshape(len(out), -1))
 
     def cached(self, keys: np.ndarray, columns: tuple[str, ...] | None = None) -> np.ndarray:

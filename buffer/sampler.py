@@ -34,6 +34,7 @@ from buffer.ingest import latencies_ms
 from buffer.log import load_spec
 from buffer.parts import IndexPart, PartBuilder
 from buffer.reader import LogReader, LogRecord, SegmentMap
+from buffer.undecodable import Undecodable
 from buffer.windows import WindowMaker
 from fleet.batch import BatchNeeds, Windows
 from fleet.errors import FleetError, FragmentRefused, SpecError
@@ -59,6 +60,7 @@ class Sampler:
     Attributes:
         index: What is known of all steps; ``index.episodes`` of all episodes.
         skipped_fragments: Fragments that could not be read, by the error's code.
+        undecodable: Windows that were left out because of their images.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Sampler:
         self._num_damaged = self._num_new = 0
         self._caught_up = False  # once, with all that there was
         self.skipped_fragments: dict[str, int] = {}
+        self.undecodable = Undecodable(self.index.episodes.keys, journal)
 
     @property
     def position(self) -> int:
@@ -197,9 +200,13 @@ class Sampler:
             out: Gives the arrays for observations and actions; None: new ones.
 
         Raises:
-            StorageError: The disk cannot be read, or an image in the log cannot be decoded.
+            StorageError: The disk cannot be read, or more than a few images of the batch cannot be decoded.
         """
-        return gather(draw, out or (lambda _, shape, dtype: np.empty(shape, dtype)), self._cache, self._residency)
+        allocate = out or (lambda _, shape, dtype: np.empty(shape, dtype))
+        windows, bad = gather(draw, allocate, self._cache, self._residency)
+        if bad:
+            self.undecodable.leave_out(windows, bad)
+        return windows
 
     def windows_of(self, episodes: Sequence[int], needs: BatchNeeds, stride: int = 1) -> Draw:
         """All windows at every ``stride``-th frame of these episodes (``index.episodes``), in order."""

@@ -10,7 +10,8 @@ gateway: ``durable`` (robot, boot, seq, latency_ms: one number a step, executed 
     bytes, frees: bytes, steps), ``disk`` (low, free_gb)
 learner: ``sampleable`` (robot, boot, seq, latency_ms: one number a step, executed -> in the sampler), ``update`` (step, loss,
     updates_per_s), ``published`` (version, step), ``checkpoint`` (step), ``resumed`` (step, version), ``waiting`` (why),
-    ``rate`` (state, why, inserts, samples, cursor: what the rate limiter holds or no longer holds)
+    ``rate`` (state, why, inserts, samples, cursor: what the rate limiter holds or no longer holds),
+    ``undecodable`` (why: a window that is left out of batches)
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ def read(cache, keys, column="top", salt=0, shape=SHAPE):
     def decode(i, row):
         decoded.append(int(keys[i]))
         row[:] = image(int(keys[i]), salt, shape)
+        return True
 
     cache.rows(column, keys, out, decode)
     for i, key in enumerate(keys.tolist()):
@@ -69,12 +70,25 @@ def test_nothing_is_kept_without_memory_and_of_a_call_that_fails():
         if i == 1:
             raise ValueError("not an image")
         row[:] = 0
+        return True
 
     with pytest.raises(ValueError, match="not an image"):
         cache.rows("top", np.array([5, 6]), np.empty((2, *SHAPE), np.uint8), broken)
     assert read(cache, [5, 6]) == [5, 6]
     with pytest.raises(ValueError, match="contiguous"):
         cache.rows("top", np.array([5]), np.empty((1, 8, 8, 6), np.uint8)[..., ::2], broken)
+
+
+def test_what_may_not_be_kept_is_asked_for_at_every_place():
+    cache, asked = ImageCache(100 * ROW), []
+
+    def decode(i, row):
+        asked.append(i)
+        row[:] = 0
+        return i == 1
+
+    cache.rows("top", np.array([4, 5, 4, 5]), np.empty((4, *SHAPE), np.uint8), decode)
+    assert asked == [0, 1, 2] and cache.cached(np.array([4, 5])).tolist() == [False, True]
 
 
 def test_a_column_that_comes_late_gets_its_share():
@@ -130,7 +144,7 @@ cache, out = ImageCache(32 << 20), np.ones((64, 128, 128, 3), np.uint8)
 base = resident_mb()
 for column in ("a", "b"):
     for start in range(0, 2048, 64):
-        cache.rows(column, np.arange(start, start + 64), out, lambda i, row: row.fill(i))
+        cache.rows(column, np.arange(start, start + 64), out, lambda i, row: row.fill(i) is None)
 print(resident_mb() - base)
 """
 

@@ -1,0 +1,89 @@
+"""Frames that were accepted and are no images: the learner goes on without them, and says which they are."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import fleet.images
+from buffer.image_cache import ImageCache
+from buffer.ingest import Ingest
+from buffer.log import Log
+from buffer.sampler import Sampler
+from fleet.batch import BatchNeeds
+from fleet.errors import StorageError
+from fleet.journal import Journal, read_journal
+from fleet.robot import Source
+from tests.buffer.fragments import make_spec, message
+
+SPEC, BOOT = make_spec(image="jpeg"), "b" * 16
+IMAGE, STATE = "observation.images.top", "observation.state"
+NEEDS = BatchNeeds(200, 2, (STATE, IMAGE), {(Source.DEMO,): 1.0}, offsets=(0, 1))
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Makes a sampler of an episode of 100 steps whose ``broken`` frames are headers of images without an image."""
+
+    def make(broken, cache=None):
+        encode, log = fleet.images.encode, Log(tmp_path / "log")
+
+        def encoded(feature, image):
+            data = encode(feature, image)
+            return data[: data.index(b"\xff\xda")] if image.flat[0] - 40 in broken else data
+
+        monkeypatch.setattr(fleet.images, "encode", encoded)
+        ingest = Ingest(log)
+        ingest.admit("r1", BOOT, SPEC)
+        for i in range(5):
+            options = {"spec": SPEC, "opened": i == 0, "closed": i == 4}
+            ingest.offer("r1", *message("r1", BOOT, i + 1, 7, 20 * i, [Source.DEMO] * 20, **options))
+        ingest.commit()
+        log.close()
+        journal = Journal(tmp_path / "learner.jsonl")
+        sampler = Sampler(tmp_path / "log", ["reach"], 0, journal, cache=cache)
+        assert sampler.poll() == 100
+        return sampler, lambda: [line for line in read_journal(tmp_path / "learner.jsonl") if line["kind"] == "undecodable"]
+
+    return make
+
+
+@pytest.mark.parametrize("cache", [None, ImageCache(1 << 20)], ids=["plain", "cached"])
+def test_few_are_left_out_counted_and_named_once(make, cache):
+    sampler, lines = make({50}, cache)
+    replaced = 0
+    for step in range(30):
+        needs = dataclasses.replace(NEEDS, batch_size=20)
+        draw = sampler.draw(needs, step)
+        bad = np.isin(draw.facts["frame_B"], (49, 50))  # 49: its image at t + 1 is that of 50
+        if bad.sum() > 1:
+            continue
+        windows = sampler.gather(draw)
+        replaced += int(bad.sum())
+        assert not np.isin(windows.frame_B, (49, 50)).any() and len(windows.frame_B) == 20
+        for images, frames in (
+            (windows.obs[IMAGE], windows.frame_B),
+            (windows.obs_at[1][IMAGE], windows.obs_at[1][STATE][:, 2]),
+        ):
+            assert np.abs(images.reshape(20, -1).mean(1) - 40 - frames).max() < 3
+        np.testing.assert_array_equal(windows.obs[STATE][:, 2], windows.frame_B)
+        np.testing.assert_array_equal(windows.actions_BHA[:, 0, 0], 7000 + windows.frame_B)
+    assert replaced >= 3 and sampler.undecodable.num_windows == replaced
+    assert 1 <= len(lines()) <= 2 and all("episode 7 of r1" in line["why"] and IMAGE in line["why"] for line in lines())
+    sampler.close()
+
+
+def test_many_are_refused_by_name(make):
+    sampler, _ = make(range(40, 60))
+    with pytest.raises(
+        StorageError, match=r"of the 200 windows .* frame \d+ of episode 7 of r1 \(boot b+\): observation.images.top"
+    ):
+        sampler.batch(NEEDS, 0)
+    sampler.close()
+
+
+def test_a_batch_of_nothing_else_is_refused(make):
+    sampler, _ = make(range(100))
+    with pytest.raises(StorageError, match="1 of the 1 windows"):
+        sampler.batch(dataclasses.replace(NEEDS, batch_size=1), 0)
+    sampler.close()

@@ -82,6 +82,7 @@ LEARNER = (
     Metric("fleet_sampleable_latency", "histogram", "seconds", (), "Step executed until the learner can sample it", _LATENCY_S),
     Metric("fleet_learner_data_wait", "counter", "seconds", (), "Time that the learner waited for data"),
     Metric("fleet_learner_batches_ready", "gauge", "", (), "Batches that are ready before the learner asks for them"),
+    Metric("fleet_learner_undecodable", "counter", "", (), "Windows left out because an image of theirs cannot be decoded"),
     Metric("fleet_learner_image_cache_hits", "counter", "", (), "Images of batches that were there decoded"),
     Metric("fleet_learner_image_cache_misses", "counter", "", (), "Images of batches that had to be decoded"),
     Metric("fleet_learner_image_cache", "gauge", "bytes", (), "Memory that holds decoded images"),

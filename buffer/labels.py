@@ -1,0 +1,148 @@
+"""What is said of episodes later: an operator's mark, a correction of an outcome, an exclusion. Nothing is ever changed.
+
+Labels are rows of the ``labels`` table in a second log, ``buffer/labels/``, to which anybody on this machine may append while
+a gateway writes the first one. Of each field the newest label counts when data is read; of two with the same time that of
+this log before a robot's own, then the later one in the log.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from buffer.log import Log
+from buffer.reader import LogReader
+from fleet.batch import Outcome
+from fleet.errors import EpisodeError, FragmentRefused, RunFolderError
+from fleet.lookup import nearest
+from fleet.schema import LABELS, decode_fragment, encode_fragment
+
+OUTCOME, EXCLUDED = "outcome", "excluded"
+FIELDS: dict[str, tuple[str, ...]] = {
+    OUTCOME: tuple(outcome.name.lower() for outcome in Outcome if outcome is not Outcome.OPEN),
+    EXCLUDED: ("true", "false"),
+}
+SEGMENT_BYTES = 1024 * 1024
+WRITER = ("labels", "labels")  # instead of robot and boot; the keys of this log are gapless like those of the first
+_ROWS = 5000  # of one fragment
+_RETRY_S = 0.05
+
+EpisodeKey = tuple[str, str, int]  # robot_id, boot_id, episode_id
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """One fact about one episode. ``time_ns``: wall clock of the judge."""
+
+    robot_id: str
+    boot_id: str
+    episode_id: int
+    field: str
+    value: str
+    judge: str
+    time_ns: int
+
+    @property
+    def episode(self) -> EpisodeKey:
+        return self.robot_id, self.boot_id, self.episode_id
+
+
+def labels_folder(buffer: Path) -> Path:
+    return buffer / "labels"
+
+
+def check_label(field: str, value: str) -> None:
+    """Raises EpisodeError where no label may say this."""
+    if field not in FIELDS:
+        raise EpisodeError(f"field {field!r}", rule="a label says something that is known", remedy=nearest(field, FIELDS))
+    if value not in FIELDS[field]:
+        raise EpisodeError(
+            f"{field} = {value!r}", rule=f"one of {', '.join(FIELDS[field])}", remedy=nearest(value, FIELDS[field])
+        )
+
+
+def append_labels(buffer: Path, labels: Sequence[Label], *, wait_s: float = 10.0) -> None:
+    """Makes labels durable; readers see them at their next poll.
+
+    Args:
+        buffer: The run's buffer folder. A gateway may be writing to it.
+        wait_s: How long to wait for another process that appends labels.
+
+    Raises:
+        EpisodeError: A label says what none may say; none of them is stored.
+        RunFolderError: Another process kept the labels for that long.
+        DiskFull, StorageError: Some or none of them are stored.
+    """
+    for label in labels:
+        check_label(label.field, label.value)
+    log = _open_log(labels_folder(buffer), wait_s)
+    try:
+        for first in range(0, len(labels), _ROWS):
+            rows = [dataclasses.asdict(label) for label in labels[first : first + _ROWS]]
+            tables, payload = encode_fragment({"labels": pa.RecordBatch.from_pylist(rows, schema=LABELS)})
+            log.append(*WRITER, log.last(*WRITER).seq + 1, "", tables, payload)
+        log.commit()
+    finally:
+        log.close()
+
+
+def _open_log(folder: Path, wait_s: float) -> Log:
+    until_s = time.monotonic() + wait_s
+    while True:
+        try:
+            return Log(folder, segment_bytes=SEGMENT_BYTES)
+        except RunFolderError:
+            if time.monotonic() >= until_s:
+                raise
+            time.sleep(_RETRY_S)
+
+
+class LabelReader:
+    """Follows the labels that were appended, in their order. Read-only, from any process.
+
+    Attributes:
+        skipped: Fragments that could not be read.
+    """
+
+    def __init__(self, buffer: Path) -> None:
+        self._reader = LogReader(labels_folder(buffer))
+        self.skipped = 0
+
+    def poll(self) -> list[Label]:
+        """Labels since the last call. Never waits.
+
+        Raises:
+            OSError, StorageError: The log cannot be read.
+        """
+        found: list[Label] = []
+        for record in self._reader.poll():
+            try:
+                rows = decode_fragment(record.tables, record.payload).tables["labels"].to_pylist()
+            except (FragmentRefused, KeyError):
+                self.skipped += 1
+                continue
+            found += (label_of(row) for row in rows)
+        return found
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def label_of(row: dict[str, Any]) -> Label:
+    """A row of a labels table."""
+    return Label(**{field.name: row[field.name] for field in dataclasses.fields(Label)})
+
+
+def newest(labels: Iterable[Label]) -> dict[str, Label]:
+    """What counts, by field, of the labels of one episode: the robot's own first, then those of this log in its order."""
+    found: dict[str, Label] = {}
+    for label in labels:
+        known = found.get(label.field)
+        if label.value in FIELDS.get(label.field, ()) and (known is None or label.time_ns >= known.time_ns):
+            found[label.field] = label
+    return found

@@ -15,6 +15,7 @@ import pytest
 from buffer.ingest import Ingest
 from buffer.log import Log
 from buffer.reader import LogReader
+from buffer.retention import Limits, Upkeep
 from buffer.segment import list_segments, read_state_file
 from fleet.errors import DiskFull, FragmentRefused, RunFolderError, StorageError
 from fleet.files import Files
@@ -287,3 +288,53 @@ def test_a_real_full_disk(tmp_path):
         del reader
     finally:
         subprocess.run(["umount", "-l", str(mounted)], check=True)
+
+
+def work_with_retention(folder, say):
+    """Ingests, and gives up all but the newest, in which nobody can have acted but the policy; unlinks at once."""
+    files = Files()
+    log = Log(folder, segment_bytes=100_000)
+    seq = log.high_water("r1", "b1")
+    say("ready")
+    while True:
+        for _ in range(20):
+            seq += 1
+            source = Source.DEMO if seq // 5 % 4 == 0 else P
+            steps = [int(source == each) for each in Source]
+            log.append("r1", "b1", seq, "h", {"steps": 2048}, seq.to_bytes(4, "little") * 512, episode=seq // 5, steps=steps)
+        log.commit()
+        upkeep = Upkeep(files, folder)
+        upkeep.sync(time.time_ns())
+        say(f"retired {len(upkeep.retire(Limits(max_bytes=400_000), time.time_ns()))}")
+        upkeep.sweep(0, time.time_ns())
+
+
+@pytest.mark.timeout(120)
+def test_readers_during_retention_neither_crash_nor_see_a_key_twice(tmp_path):
+    """Records that a reader holds stay readable although their files are gone."""
+    followers, held, num_retired = [(LogReader(tmp_path), limit, []) for limit in (None, 7, 40)], [], 0
+    for _ in range(3 * SCALE):
+        process = Forked(functools.partial(work_with_retention, tmp_path))
+        assert process.said.readline() == "ready\n"
+        for _ in range(10):
+            num_retired += int(process.said.readline().split()[1])
+            for reader, limit, seen in followers:
+                records = reader.poll(limit)
+                seen += [record.seq for record in records]
+                held = [*held[-500:], *records]
+            assert all(is_whole(record) for record in held)
+        process.kill()
+        late = [record.seq for record in LogReader(tmp_path).poll()]
+        assert len(late) == len(set(late)) and late == sorted(late)
+    assert num_retired > 10
+    kept = [record.seq for record in LogReader(tmp_path).poll()]
+    assert {seq for seq in range(1, kept[-1] + 1) if seq // 5 % 4 == 0} <= set(kept), "demonstrations are kept"
+    assert len(kept) < kept[-1]
+    for reader, _, seen in followers:
+        seen += [record.seq for record in reader.poll()]
+        assert len(seen) == len(set(seen)) and seen == sorted(seen) and seen[-1] == kept[-1] and not reader.damaged
+        assert set(seen) >= set(kept)
+
+
+def is_whole(record):
+    return bytes(record.payload) == record.seq.to_bytes(4, "little") * 512

@@ -3,6 +3,9 @@
 The draw of step s + depth is made when step s is asked for, so what was fed back before is in it, and batches come in
 the order of their steps. What was drawn ahead for other needs is dropped when they change. An error of any thread is
 raised where the learner asks for its batch; a thread that is gone is noticed. Nothing here waits for ever.
+
+A learner that begins in the middle draws its first depth + 1 batches at once. Where draws depend on what is fed back these
+then know more than they would have known without the stop; without feedback they are the same.
 """
 
 from __future__ import annotations

@@ -90,8 +90,15 @@ def test_priorities_also_where_proposals_are_mostly_rejected(power, scale):
 
 def test_one_acceptable_step_in_a_million_is_found_and_nothing_else():
     pools = {(D, 0): np.arange(1_000_000), (O, 0): np.arange(1_000_000, 2_000_000)}
-    drawn = draw_windows(pools, needs(HALVES, 64), lambda steps: steps == 765_432, None, np.random.default_rng(0))
+    asked = []
+
+    def accept(steps):
+        asked.append(len(steps))
+        return steps == 765_432
+
+    drawn = draw_windows(pools, needs(HALVES, 64), accept, None, np.random.default_rng(0))
     assert drawn.tolist() == [765_432] * 64
+    assert sum(asked) < 2_010_000  # gone through once, after a thousand proposals or two
 
 
 def test_a_rare_step_beside_common_ones_gets_no_more_than_its_part(scale):
@@ -163,7 +170,8 @@ def test_a_draw_is_a_function_of_its_arguments_whatever_the_order_of_the_pools()
     def drawn(pools, seed=4):
         accept = lambda steps: (steps % 5) / 4  # noqa: E731
         cached = lambda steps: steps % 2 == 0  # noqa: E731
-        return draw_windows(pools, needs(HALVES, 64, cached_share=0.5), accept, None, np.random.default_rng(seed), cached)
+        shares = {(D,): 0.5, (P, O): 0.5}
+        return draw_windows(pools, needs(shares, 64, cached_share=0.5), accept, None, np.random.default_rng(seed), cached)
 
     first = drawn(POOLS)
     assert np.array_equal(first, drawn(dict(reversed(POOLS.items()))))

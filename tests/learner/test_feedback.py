@@ -1,6 +1,7 @@
 """Losses go back to the sampler: what is drawn next depends on them, each sample's on its own source's."""
 
 import contextlib
+import dataclasses
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from buffer.ingest import Ingest
 from buffer.log import Log
 from buffer.prefetch import Prefetcher
 from buffer.sampler import Sampler
-from fleet.batch import Adaptive
+from fleet.batch import Adaptive, Priority
 from fleet.errors import ConfigError, LearnerError
 from fleet.journal import Journal
 from fleet.robot import Source
@@ -82,6 +83,26 @@ def test_the_mixture_moves_by_the_losses_of_each_side_and_goes_on_after_a_restar
     with contextlib.closing(sampler), contextlib.closing(source):
         loop.run(lambda: False)
     assert source.shares[0] == 0.8 and len(source.losses) == 4
+
+
+def test_what_is_hard_is_drawn_more_often_where_there_is_a_priority(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_log(run)
+    source, sampler, loop = adaptive_loop(run, 2, steps=30)
+    seen = []
+    with contextlib.closing(sampler), contextlib.closing(source):
+        loop._enter(0)
+        demos = {(D,): 1.0}
+        loop._algorithm.needs = dataclasses.replace(
+            loop._algorithm.needs, shares=demos, adaptive=None, priority=Priority(1.0, 0.5)
+        )
+        source.feed_back = lambda windows, loss_B: (seen.append(windows), source._inner.feed_back(windows, loss_B))
+        loop.run(lambda: False)
+    # The loss of a demonstration's step is about its frame, 0 to 11: in proportion to it the mean is 7.7, uniformly 5.5.
+    first, last = (np.concatenate([windows.frame_B for windows in some]) for some in (seen[:3], seen[10:]))
+    assert abs(first.mean() - 5.5) < 1 and last.mean() > 6.5
+    weight_B, frame_B = seen[-1].weight_B, seen[-1].frame_B
+    assert weight_B.max() == 1 and weight_B[frame_B == 11].mean() < weight_B[frame_B < 8].mean()
 
 
 def test_fixed_shares_ask_for_no_losses(tmp_path):

@@ -26,10 +26,11 @@ class Writer:
 
     Args:
         segment_bytes: Small by default, so that a few episodes fill several segments.
+        spec: By default with 4 kB a step, for the same reason.
     """
 
     def __init__(self, buffer, segment_bytes=40_000, spec=None):
-        self.spec = spec or make_spec()
+        self.spec = spec or make_spec(extra=4000)
         self.log = Log(buffer, segment_bytes=segment_bytes)
         self.ingest = Ingest(self.log)
 

@@ -86,12 +86,13 @@ class Feedback:
 
 
 def _moved(saved: Mapping[str, Any], num_steps: int, spans: Sequence[Span]) -> np.ndarray:
-    """Saved values by the numbers that the same steps have now; a step that was not there then gets the highest one."""
+    """Saved values by the numbers that the same steps have now; a step that was not there then gets the highest of these."""
     old = np.asarray(saved["values"], np.float64)
-    values = np.full(num_steps, old.max(initial=0.0) or 1.0)
+    values = np.full(num_steps, -1.0)
     before = {file: (first, count) for file, first, count in saved["spans"]}
     for file, first, count in spans:
         old_first, old_count = before.get(file, (0, 0))
         same = max(0, min(count, old_count, len(old) - old_first))
         values[first : first + same] = old[old_first : old_first + same]
-    return values
+    highest = values.max(initial=-1.0)
+    return np.where(values < 0, highest if highest > 0 else 1.0, values)

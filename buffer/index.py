@@ -262,6 +262,10 @@ class StepIndex:
             if episode >= 0:
                 left = self.steps_of(episode)
                 self.episodes.first_step[episode] = left[0] if len(left) else -1
+        of_chunk = self.chunk_fragment.view
+        gone = self.chunk_fragment.first + np.searchsorted(of_chunk, (first, end))
+        chunk = self.chunk.view
+        chunk[(chunk >= gone[0]) & (chunk < gone[1])] = -1  # policy calls of later steps, whose versions stay known
         self._dropped.append((first, end))
         self._release()
 

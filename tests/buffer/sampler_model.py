@@ -35,6 +35,7 @@ class Step:
     terminated: bool
     truncated: bool
     chunk: tuple[int, int] | None
+    lost_version: int = -1  # of a policy call whose row retention took
 
 
 @dataclasses.dataclass
@@ -142,8 +143,8 @@ class Recorder:
         return {(r, n, s.frame) for (r, n), e in self.episodes.items() if e.task in tasks and not e.excluded for s in e.steps}
 
 
-def expected(recorder: Recorder, key: tuple[int, int, int], needs: BatchNeeds) -> dict:
-    """Every field of Windows for the window at one step."""
+def expected(recorder: Recorder, key: tuple[int, int, int], needs: BatchNeeds, remembers: bool = False) -> dict:
+    """Every field of Windows for the window at one step. ``remembers``: of a sampler that saw what retention took."""
     boot = recorder.boot(key[0])
     at = next(i for i, s in enumerate(boot) if (s.episode, s.frame) == key[1:])
     here, episode = boot[at], recorder.episodes[key[:2]]
@@ -158,13 +159,13 @@ def expected(recorder: Recorder, key: tuple[int, int, int], needs: BatchNeeds) -
         """The step that is read at an offset: the last one inside of the border, or of the boot."""
         step = 1 if offset > 0 else -1
         i = at
-        while i != at + offset and (0 <= i + step < len(boot) if needs.within is Within.BOOT else inside(i + step)):
+        while i != at + offset and (_joined(boot, i, i + step) if needs.within is Within.BOOT else inside(i + step)):
             i += step
         return boot[i]
 
     ahead = [reached(h) for h in range(needs.horizon)]
     mask = [inside(at + h) for h in range(needs.horizon)]
-    rest = [s.reward for s in episode.steps[here.frame :]]
+    rest = [s.reward for s in episode.steps if s.frame >= here.frame]
     to_go = episode.length - here.frame if episode.finished else -1
     total = sum(needs.discount**i * reward for i, reward in enumerate(rest)) if episode.finished else math.nan
     return {
@@ -178,7 +179,7 @@ def expected(recorder: Recorder, key: tuple[int, int, int], needs: BatchNeeds) -
         "mask": mask,
         "source": here.source,
         "task": TASKS.index(here.task),
-        "version": here.chunk[1] if here.chunk else -1,
+        "version": here.chunk[1] if here.chunk else here.lost_version if remembers else -1,
         "frame": here.frame,
         "steps_to_go": to_go,
         "outcome": int(episode.judged),
@@ -186,6 +187,14 @@ def expected(recorder: Recorder, key: tuple[int, int, int], needs: BatchNeeds) -
         "replay.seed": here.chunk[0] * 10 if here.chunk else 0,
         "log_prob_T": [float(i) for i in range(here.chunk[0] % 4)] if here.chunk else [],
     }
+
+
+def _joined(boot, i, j):
+    """Whether two neighbouring steps of a boot follow each other; retention may have taken an episode's first part."""
+    if not 0 <= j < len(boot):
+        return False
+    earlier, later = boot[min(i, j)], boot[max(i, j)]
+    return later.frame == (earlier.frame + 1 if later.episode == earlier.episode else 0)
 
 
 def row_of(windows, i: int) -> dict:
@@ -214,11 +223,11 @@ def row_of(windows, i: int) -> dict:
     }
 
 
-def assert_windows(recorder: Recorder, windows, needs: BatchNeeds) -> None:
+def assert_windows(recorder: Recorder, windows, needs: BatchNeeds, remembers: bool = False) -> None:
     """Every row of a batch is what the model says."""
     for i in range(len(windows.step_B)):
         row = row_of(windows, i)
-        want = expected(recorder, tuple(int(v) for v in row["state"]), needs)
+        want = expected(recorder, tuple(int(v) for v in row["state"]), needs, remembers)
         total, wanted = row.pop("return"), want.pop("return")
         assert math.isnan(total) if math.isnan(wanted) else math.isclose(total, wanted, rel_tol=1e-5, abs_tol=1e-5), (
             row,

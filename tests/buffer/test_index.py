@@ -1,5 +1,6 @@
 """Gaps, retention, labels, feedback and threads: what becomes of the sampler's index while the log changes."""
 
+import collections
 import dataclasses
 import os
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from buffer.parts import PartBuilder
 from buffer.reader import LogReader
-from buffer.retention import Limits, prune
+from buffer.retention import COMPACT, Limits, prune
 from buffer.sampler import Sampler
 from buffer.segment import list_segments
 from fleet.batch import Adaptive, BatchNeeds, Filter, Outcome, Priority, Within
@@ -39,9 +40,9 @@ def drawn(sampler, needs, steps=range(20)):
     return {tuple(int(v) for v in state) for state in states}
 
 
-def record_with_corrections(folder, num_episodes=10):
-    """Every third episode, the second one first, has an operator's steps; segments are small."""
-    recorder = Recorder(folder, extra=5000, segment_bytes=1)
+def record_with_corrections(folder, num_episodes=24):
+    """Every third episode, the second one first, has an operator's steps. Several segments of several episodes."""
+    recorder = Recorder(folder, extra=1000, segment_bytes=1)
     for episode in range(num_episodes):
         sources = [P, P, O] if episode % 3 == 1 else [P, P, P]
         for part in range(4):
@@ -54,16 +55,24 @@ def record_with_corrections(folder, num_episodes=10):
     return recorder
 
 
-def episodes_in(folder):
-    """(robot, episode) of which the log has steps."""
-    found = set()
-    for record in LogReader(folder).poll():
+def forget_what_is_gone(recorder):
+    """Leaves in the model only what the log's fragments still have."""
+    found = collections.defaultdict(set)
+    for record in LogReader(recorder.folder).poll():
         steps = decode_fragment(record.tables, record.payload).tables["steps"]
-        found.add((int(record.robot_id[1:]), steps.column("episode_id")[0].as_py()))
-    return found
+        key = (int(record.robot_id[1:]), steps.column("episode_id")[0].as_py())
+        found[key].update(steps.column("frame_index").to_pylist())
+    for key, episode in recorder.episodes.items():
+        made = {step.chunk: step.frame for step in reversed(episode.steps)}  # frame at which a policy was called
+        for step in episode.steps:
+            if step.chunk is not None and made[step.chunk] not in found[key]:
+                step.chunk, step.lost_version = None, step.chunk[1]
+        episode.steps = [step for step in episode.steps if step.frame in found[key]]
+    recorder.episodes = {key: episode for key, episode in recorder.episodes.items() if episode.steps}
 
 
-def test_steps_that_retention_takes_are_not_drawn_and_what_it_keeps_stays_whole(tmp_path):
+@pytest.mark.parametrize("all_of_it", [True, False])
+def test_steps_that_retention_takes_are_not_drawn_and_what_it_keeps_stays_whole(tmp_path, all_of_it):
     recorder = record_with_corrections(tmp_path)
     follower = sampler_of(tmp_path)
     needs = BatchNeeds(100, 5, (STATE,), ALL, offsets=(-3, 0, 4), within=Within.BOOT, replay=("replay.seed", "log_prob_T"))
@@ -71,20 +80,23 @@ def test_steps_that_retention_takes_are_not_drawn_and_what_it_keeps_stays_whole(
     before = follower.gather(early)
     assert len(list_segments(tmp_path)) > 3
     recorder.close()
-    prune(tmp_path, dataclasses.replace(LATER, protect=("operator",)), dry_run=False)
+    used = sum(name.path.stat().st_blocks * 512 for name in list_segments(tmp_path))
+    limits = LATER if all_of_it else Limits(max_bytes=int(0.7 * used))
+    actions = prune(tmp_path, dataclasses.replace(limits, protect=("operator",)), dry_run=False)
+    assert any(action.kind == COMPACT for action in actions)
     recorder.open()
-    recorder.fragment(1, 11, [P, O, O], opened={}, new_chunk=9)
+    recorder.fragment(1, 99, [P, O, O], opened={}, new_chunk=9)
     recorder.commit()
     assert follower.poll() == 3, "what retention wrote anew is not new"
-    kept = episodes_in(tmp_path)
-    left = {key: episode for key, episode in recorder.episodes.items() if key in kept}
-    assert {key for key in recorder.episodes if key[1] % 3 == 1} <= kept and len(left) < len(recorder.episodes)
-    recorder.episodes, everything = left, recorder.episodes
+    everything = set(recorder.episodes)
+    forget_what_is_gone(recorder)
+    left = recorder.episodes
+    assert {key for key in everything if key[1] % 3 == 1} <= set(left) < everything
     for sampler in (follower, sampler_of(tmp_path)):
         assert sampler.num_steps() == sum(len(e.steps) for e in left.values())
         for within in Within:
             narrow = dataclasses.replace(needs, within=within)
-            assert_windows(recorder, sampler.batch(narrow, 1), narrow)
+            assert_windows(recorder, sampler.batch(narrow, 1), narrow, sampler is follower)
         assert drawn(sampler, needs) == recorder.drawable()
         table = sampler.index.episodes
         for robot, episode in everything:
@@ -96,28 +108,58 @@ def test_steps_that_retention_takes_are_not_drawn_and_what_it_keeps_stays_whole(
     assert follower.index.fragment.first > 0, "memory of the oldest steps is let go of"
 
 
+def chance_by_step(sampler, needs):
+    """(robot, boot, episode), frame -> the chance that a proposal of this step is kept."""
+    sampler.draw(needs, 0)
+    index = sampler.index
+    steps = np.concatenate([pool.view for pool in index.pools.values()])
+    keys = [index.episodes.keys[episode] for episode in index.episode[index.fragment[steps]]]
+    chances = sampler._feedback._scores[needs.priority].accept(steps).tolist()
+    return dict(zip(zip(keys, index.frame(steps).tolist(), strict=True), chances, strict=True))
+
+
 def test_scores_follow_their_steps_through_a_restart_after_retention(tmp_path):
     recorder = record_with_corrections(tmp_path)
     follower = sampler_of(tmp_path)
     needs = BatchNeeds(200, 1, (STATE,), ALL, priority=Priority(alpha=1.0, beta=1.0))
     for step in range(30):
         windows = follower.batch(needs, step)
-        follower.feed_back(windows, np.where(windows.obs[STATE][:, 1] == 7, 1.0, 0.001))
+        follower.feed_back(windows, np.where(windows.obs[STATE][:, 1] == 22, 1.0, 0.001))
     windows = follower.batch(needs, 50)
-    rare = windows.obs[STATE][:, 1] != 7
+    assert {key[1] for key in drawn(follower, needs)} >= {6, 7, 8}
+    rare = windows.obs[STATE][:, 1] != 22
     assert rare.mean() < 0.2 and windows.weight_B[rare].min(initial=1) > 100 * windows.weight_B[~rare].max()
+    windows = follower.batch(dataclasses.replace(needs, priority=None), 51)
     recorder.close()
     state = follower.state()
-    prune(tmp_path, dataclasses.replace(LATER, protect=("operator",)), dry_run=False)
+    used = sum(name.path.stat().st_blocks * 512 for name in list_segments(tmp_path))
+    prune(tmp_path, Limits(max_bytes=int(0.7 * used), protect=("operator",)), dry_run=False)
     restarted = sampler_of(tmp_path)
     restarted.load_state(state)
     follower.poll()
     assert follower.num_steps() == restarted.num_steps() < sum(len(e.steps) for e in recorder.episodes.values())
-    newest = list_segments(tmp_path)[-1].path.name
-    assert any(span[0] == newest for span in follower.state()["scores"][repr(needs.priority)]["spans"])
-    shares = [np.mean(s.batch(needs, 60).obs[STATE][:, 1] == 7) for s in (follower, restarted)]
-    assert shares[0] > 0.5
-    follower.feed_back(windows, np.ones(200))  # steps of which some are gone
+    chances = [chance_by_step(sampler, needs) for sampler in (follower, restarted)]
+    assert chances[0] == chances[1] and sum(chance < 0.01 for chance in chances[0].values()) > 50
+    gone = ~follower.index.is_there(windows.step_B)
+    assert 0 < gone.sum() < len(gone)
+    follower.feed_back(windows, np.where(gone, 1e6, 1.0))
+    there = np.concatenate([pool.view for pool in follower.index.pools.values()])
+    assert follower._feedback._scores[needs.priority].accept(there).max() == 1, "gone steps do not hold the others down"
+
+
+def test_a_gone_step_with_the_highest_score_does_not_hold_the_others_down(tmp_path):
+    recorder = record_with_corrections(tmp_path)
+    follower = sampler_of(tmp_path)
+    needs = BatchNeeds(300, 1, (STATE,), ALL, priority=Priority())
+    windows = follower.batch(needs, 0)
+    follower.feed_back(windows, np.where(windows.obs[STATE][:, 1] == 0, 1e6, 1.0))
+    recorder.close()
+    prune(tmp_path, dataclasses.replace(LATER, protect=("operator",)), dry_run=False)
+    follower.poll()
+    there = np.concatenate([pool.view for pool in follower.index.pools.values()])
+    follower.draw(needs, 1)
+    scores = follower._feedback._scores[needs.priority]
+    assert scores.accept(there).max() == 1 and scores.accept(windows.step_B).max() <= 1
 
 
 def test_losses_move_an_adaptive_mixture_and_are_kept(tmp_path):
@@ -226,14 +268,17 @@ def test_an_episode_that_another_one_ended_stays_open(tmp_path):
     recorder = Recorder(tmp_path)
     recorder.fragment(0, 0, [P] * 3, opened={"group_id": "g", "reset_state_id": "s"}, new_chunk=4)
     recorder.fragment(0, 1, [P, O], opened={"seed": 5}, closed="failure")
+    recorder.fragment(0, 2, [O, P], opened={}, new_chunk=6)
+    recorder.fragment(0, 3, [O, O], opened={}, new_chunk=7)
     recorder.commit()
     sampler = sampler_of(tmp_path)
     table = sampler.index.episodes
-    assert table.finished.view.tolist() == [False, True] and table.outcome.view.tolist() == [Outcome.OPEN, Outcome.FAILURE]
-    assert table.group_id == ["g", ""] and table.start == ["s", "seed:5"]
-    assert (table.first_version.view.tolist(), table.last_version.view.tolist()) == ([4, -1], [4, -1])
-    assert table.length.view.tolist() == [3, 2] and table.num_operator_steps.view.tolist() == [0, 1]
-    assert table.first_step.view.tolist() == [0, 3]
+    assert table.finished.view.tolist() == [False, True, False, False]
+    assert table.outcome.view.tolist() == [Outcome.OPEN, Outcome.FAILURE, Outcome.OPEN, Outcome.OPEN]
+    assert table.group_id == ["g", "", "", ""] and table.start == ["s", "seed:5", "", ""]
+    assert table.first_version.view.tolist() == table.last_version.view.tolist() == [4, -1, 6, -1], "versions that acted"
+    assert table.length.view.tolist() == [3, 2, 2, 2] and table.num_operator_steps.view.tolist() == [0, 1, 1, 2]
+    assert table.first_step.view.tolist() == [0, 3, 5, 7]
 
 
 def test_groups_pairs_and_their_windows(tmp_path):

@@ -167,9 +167,12 @@ class LogReader:
             self._forget(name.number)
             try:
                 place = _OpenSegment.open(name, self._lengths.get(name.path.name))
-            except FileNotFoundError:  # unlinked since the listing
+            except FileNotFoundError:  # unlinked since the listing, so something else may stand for it now
                 self._queue.pop(0)
                 self._listed_ns = -1
+                if self._replacements:  # what is retired is told before anything that replaces it is read: by the next call
+                    return None
+                self._refresh()
                 continue
             if place is not None:
                 self._open[name.number] = place
@@ -213,7 +216,9 @@ class _OpenSegment:
         try:
             state_fd = os.open(name.state_path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            return cls(name, -1, state) if state.sealed else None
+            if not state.sealed and name.path.exists():
+                return None
+            return cls(name, -1, state)
         try:
             return cls(name, state_fd, state)
         except OSError:

@@ -1,5 +1,6 @@
 """What retention takes and what it leaves, and that a kill at any instant of it loses and doubles nothing."""
 
+import os
 import shutil
 import time
 
@@ -352,6 +353,23 @@ def test_a_reader_that_drops_what_is_retired_has_what_counts_and_another_one_see
     assert sorted(s for part in held.values() for s in part) == [seq for _, seq in keys(tmp_path)]
     assert all(bytes(r.payload[:1])[0] == r.seq % 251 for r in seen), "files that are gone stay readable"
     log.close()
+
+
+def test_a_file_that_is_unlinked_after_the_listing_is_read_in_its_place_as_what_is_left_of_it(tmp_path):
+    make_log(tmp_path).close()
+    once, follower = LogReader(tmp_path), LogReader(tmp_path, replacements=True)
+    for reader in (once, follower):
+        assert [r.seq for r in reader.poll(3)] == [1, 2, 3]
+        os.utime(tmp_path, ns=(1, 1))
+        reader.poll(1)  # of a folder that was changed long ago the listing holds
+    prune(tmp_path, LATER, dry_run=False)
+    os.utime(tmp_path, ns=(1, 1))
+    assert [r.seq for r in once.poll()] == [*range(5, 15), 15, 16, *range(29, 33), *range(43, 49)]
+    seen = [r.seq for r in follower.poll()]
+    assert follower.take_retired() == [] and seen == list(range(5, 15))
+    seen = [r.seq for r in follower.poll()]
+    assert follower.take_retired() == [1]
+    assert seen == [13, 14, 15, 16, *range(29, 33), *range(43, 49)]
 
 
 def test_a_lost_manifest_brings_back_no_file_that_a_compaction_replaced(tmp_path):

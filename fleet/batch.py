@@ -99,6 +99,7 @@ class BatchNeeds:
             ahead. Must contain 0.
         within: What a window does not reach over.
         by_task: Within a group of sources each task that has data weighs the same (SOP's 1/M); False: each step.
+            With ``adaptive`` each task weighs the same in any case.
         filter: Which steps may be drawn.
         priority: Draw by a score that the learner gives; None: all steps alike.
         adaptive: Let losses choose the shares; None: ``shares``.

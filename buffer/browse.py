@@ -225,7 +225,8 @@ def _add_rows(found: dict[EpisodeKey, Episode], part: Part, labels: list[Label])
         episode.start = row["reset_state_id"] or (f"seed:{row['seed']}" if row["seed"] >= 0 else episode.start)
         if row["event"] == "closed":
             episode.said, episode.judge, episode.length = row["outcome"] or "unknown", row["judge"], row["length"]
-            episode.first_version, episode.last_version = row["first_version"], row["last_version"]
+            if row["first_version"] >= 0:
+                episode.first_version, episode.last_version = row["first_version"], row["last_version"]
         elif row["event"] == "dropped":
             episode.said, episode.judge = "dropped", "the robot's disk was full"
     labels += (label_of(row) for row in part.index.labels.to_pylist())

@@ -5,15 +5,97 @@ All but ``repair`` and ``prune`` work while the run is served. Each command impo
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from infra.command import RunPath, clear_errors
+from infra.command import AsJson, RunPath, clear_errors
 from infra.data_dataset import register as register_dataset
 
 app = typer.Typer(no_args_is_help=True, help="A run's data: statistics, episodes, checks, labels, archives, datasets.")
 register_dataset(app)  # export and import
+
+Robots = Annotated[list[str] | None, typer.Option("--robot", help="Of this robot. May be given again.")]
+
+
+@app.command()
+def stats(run: RunPath, as_json: AsJson = False) -> None:
+    """Say what there is: steps, episodes, success and corrections by robot and task, sizes, labels, retention, damage."""
+    with clear_errors():
+        from infra.data_look import show_stats
+
+        show_stats(run, as_json)
+
+
+@app.command("list")
+def list_command(
+    run: RunPath,
+    task: Annotated[list[str] | None, typer.Option(help="Of this task. May be given again.")] = None,
+    outcome: Annotated[
+        list[str] | None, typer.Option(help="success, failure, unknown, aborted, open or dropped. May be given again.")
+    ] = None,
+    robot: Robots = None,
+    limit: Annotated[int, typer.Option(min=0, help="The newest so many; 0: all.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """List episodes, the newest last; outcomes by their newest label."""
+    with clear_errors():
+        from infra.data_look import list_episodes
+
+        list_episodes(run, task, outcome, robot, limit, as_json)
+
+
+@app.command()
+def show(
+    run: RunPath,
+    episode: Annotated[str, typer.Argument(help="ROBOT/BOOT/EPISODE; robot and boot may be cut short.")] = "",
+    last: Annotated[bool, typer.Option("--last", help="The newest episode.")] = False,
+    robot: Robots = None,
+    frames: Annotated[int, typer.Option(min=1, max=400, help="About so many frames, spread evenly.")] = 24,
+    out: Annotated[Path | None, typer.Option(help="File of the contact sheet; default: in the run's report folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show an episode: facts, labels, frames with who acted; and write a contact sheet of its cameras as PNG."""
+    with clear_errors():
+        from infra.data_look import show_episode
+
+        show_episode(run, episode, last, robot, frames, out, as_json)
+
+
+Episodes = Annotated[list[str], typer.Argument(help="ROBOT/BOOT/EPISODE, one or more; robot and boot may be cut short.")]
+Judge = Annotated[str, typer.Option(help="Who says so; default: your user name.")]
+
+
+@app.command()
+def label(
+    run: RunPath,
+    field: Annotated[str, typer.Argument(help="outcome or excluded.")],
+    value: Annotated[str, typer.Argument(help="success, failure, unknown or aborted; for excluded true or false.")],
+    episodes: Episodes,
+    judge: Judge = "",
+) -> None:
+    """Say what became of episodes. The newest label counts; a running learner heeds it within seconds."""
+    with clear_errors():
+        from infra.data_judge import label_episodes
+
+        for name in label_episodes(run, episodes, field, value, judge):
+            typer.echo(f"{name}: {field} = {value}")
+
+
+@app.command()
+def exclude(
+    run: RunPath,
+    episodes: Episodes,
+    undo: Annotated[bool, typer.Option("--undo", help="Take them in again.")] = False,
+    judge: Judge = "",
+) -> None:
+    """Keep episodes out of training and exports; they stay stored. A running learner heeds it within seconds."""
+    with clear_errors():
+        from infra.data_judge import label_episodes
+
+        for name in label_episodes(run, episodes, "excluded", "false" if undo else "true", judge):
+            typer.echo(f"{name}: {'taken in again' if undo else 'excluded'}")
 
 
 @app.command()

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
+from fleet.errors import ConfigError
 from fleet.robot import Source
 
 
@@ -59,10 +61,18 @@ class Filter:
 @dataclasses.dataclass(frozen=True)
 class Priority:
     """Steps are drawn in proportion to score ** alpha; ``Windows.weight_B`` corrects for it with exponent beta
-    (prioritized experience replay, arXiv 1511.05952 eq. 1 and section 3.4). A new step has the highest score so far."""
+    (prioritized experience replay, arXiv 1511.05952 eq. 1 and section 3.4). A new step has the highest score so far.
+
+    Raises:
+        ConfigError: alpha or beta is negative or not finite.
+    """
 
     alpha: float = 0.6
     beta: float = 0.4
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.alpha < math.inf and 0 <= self.beta < math.inf):
+            raise ConfigError(f"a priority with alpha {self.alpha}, beta {self.beta}", rule="both are finite and not negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +93,13 @@ class Adaptive:
     window: int = 200
     low: float = 0.2
     high: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not (0 < self.alpha < math.inf and self.window >= 1 and 0 <= self.low <= self.high <= 1):
+            raise ConfigError(
+                f"a mixture with alpha {self.alpha}, window {self.window}, clip range {self.low} to {self.high}",
+                rule="alpha > 0, window >= 1, 0 <= low <= high <= 1",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +124,9 @@ class BatchNeeds:
         replay: Columns of the chunk behind step t, by their names in the chunks table (``log_prob_T``, ``replay.*``).
         cached_share: Chance in [0, 1) that a window is drawn among steps whose images lie decoded in memory. Within each
             task and group of sources this moves the distribution by at most as much (total variation).
+
+    Raises:
+        ConfigError: A value is out of its range.
     """
 
     batch_size: int
@@ -122,6 +142,27 @@ class BatchNeeds:
     discount: float = 1.0
     replay: tuple[str, ...] = ()
     cached_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "batch_size": (self.batch_size, self.batch_size >= 1, "at least 1"),
+            "horizon": (self.horizon, self.horizon >= 1, "at least 1"),
+            "shares": (
+                dict(self.shares),
+                all(share >= 0 for share in self.shares.values()) and (self.adaptive or sum(self.shares.values()) > 0),
+                "none is negative, one is above 0",
+            ),
+            "offsets": (
+                self.offsets,
+                0 in self.offsets and len(set(self.offsets)) == len(self.offsets),
+                "0 and others, once each",
+            ),
+            "discount": (self.discount, 0 < self.discount <= 1, "in (0, 1]"),
+            "cached_share": (self.cached_share, 0 <= self.cached_share < 1, "in [0, 1)"),
+        }
+        for name, (value, holds, rule) in rules.items():
+            if not holds:
+                raise ConfigError(f"a batch with {name} = {value!r}", rule=rule)
 
 
 @dataclasses.dataclass

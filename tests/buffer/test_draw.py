@@ -210,7 +210,9 @@ def test_whatever_is_asked_for_only_acceptable_steps_come_in_their_shares(data):
     sizes = data.draw(st.dictionaries(st.tuples(sources, tasks), st.integers(0, 60), max_size=8))
     pools = make_pools(sizes) if sizes else {}
     groups = st.lists(sources, min_size=1, max_size=3, unique=True).map(tuple)
-    shares = data.draw(st.dictionaries(groups, st.sampled_from([0.0, 0.2, 1.0]), min_size=1, max_size=3))
+    shares = data.draw(
+        st.dictionaries(groups, st.sampled_from([0.0, 0.2, 1.0]), min_size=1, max_size=3).filter(lambda s: any(s.values()))
+    )
     adaptive = data.draw(st.sampled_from([None, Adaptive()]))
     size, by_task = data.draw(st.integers(1, 40)), data.draw(st.booleans())
     seed = data.draw(st.integers(0, 1000))

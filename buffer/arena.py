@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import resource
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -94,6 +95,17 @@ class Arena:
         if self._map is not None and hasattr(self._map, "madvise"):
             self._map.madvise(mmap.MADV_DONTNEED)
             self._faulted[:] = False
+
+
+def allow_many_files() -> None:
+    """Lets this process open as many files as it may: a segment in use holds two, and 1024, the usual limit, are soon spent.
+
+    Code that waits with ``select`` must not be used beside it; nothing on the learner's side does.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # macOS names a hard limit that it does not take
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Residency:

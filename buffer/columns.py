@@ -47,7 +47,7 @@ class Column:
         """Adds ``count`` values: an array of that length, or one value for all."""
         need = self._count + count
         if need > len(self._data):
-            grown = np.empty(max(need, 2 * len(self._data)), self._data.dtype)
+            grown = np.empty(max(need, len(self._data) * 5 // 4), self._data.dtype)
             grown[: self._count] = self.view
             self._data = grown
         self._data[self._count : need] = values

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from buffer import groups, sidecar
-from buffer.arena import Arena, Residency
+from buffer.arena import Arena, Residency, allow_many_files
 from buffer.draw import Accept, draw_windows
 from buffer.feedback import Feedback, Span
 from buffer.gather import Allocate, Draw, ImageCache, gather
@@ -73,6 +73,7 @@ class Sampler:
         cache: ImageCache | None = None,
         mapped_bytes: int = MAPPED_BYTES,
     ) -> None:
+        allow_many_files()
         self._folder, self._seed, self._journal, self._cache = folder, seed, journal, cache
         self._reader = LogReader(folder, replacements=True)
         self._labels = LogReader(folder / "labels")

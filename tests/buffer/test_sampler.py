@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from buffer.draw import split_by_share
+from buffer.image_cache import ImageCache
 from buffer.ingest import Ingest
 from buffer.log import Log
 from buffer.sampler import Sampler
@@ -219,17 +220,41 @@ def test_versions_come_from_the_chunk_that_proposed_the_step(tmp_path):
     assert seen == {(1, 0): 31, (1, 1): 31, (1, 2): 31, (1, 3): 31, (1, 4): -1, (1, 5): -1, (2, 0): 44, (2, 1): 44}
 
 
-@pytest.mark.parametrize("codec", ["raw", "jpeg"])
-def test_images_come_as_arrays(tmp_path, codec):
+@pytest.mark.parametrize(("codec", "cached"), [("raw", False), ("jpeg", False), ("jpeg", True)])
+def test_images_come_as_arrays(tmp_path, codec, cached):
     writer, name = Writer(tmp_path, make_spec(image=codec)), "observation.images.top"
     writer.send("r1", 0, 0, [P] * 3)
     writer.send("r1", 0, 3, [P] * 3)
     writer.commit()
-    batch = sampler(tmp_path).batch(BatchNeeds(20, 1, (name, *STATE), ALL), 0)
-    frames, images = batch.obs[STATE[0]][:, 2], batch.obs[name]
-    assert images.shape == (20, 16, 16, 3) and images.dtype == np.uint8
-    want = frames if codec == "raw" else frames + 40
-    assert np.abs(images.astype(int) - want[:, None, None, None]).max() <= (0 if codec == "raw" else 2)
+    cache = ImageCache(1 << 20) if cached else None
+    follower = sampler(tmp_path, cache=cache)
+    for step in range(2):
+        batch = follower.batch(BatchNeeds(20, 1, (name, *STATE), ALL, offsets=(0, 2), cached_share=0.5 * cached), step)
+        for obs in (batch.obs, batch.obs_at[2]):
+            frames, images = obs[STATE[0]][:, 2], obs[name]
+            assert images.shape == (20, 16, 16, 3) and images.dtype == np.uint8
+            want = frames if codec == "raw" else frames + 40
+            assert np.abs(images.astype(int) - want[:, None, None, None]).max() <= (0 if codec == "raw" else 2)
+    assert cache is None or (cache.stats().misses <= 20 and cache.stats().hits >= 60)
+
+
+def test_a_batch_is_read_into_the_callers_arrays(tmp_path):
+    writer, name = Writer(tmp_path, make_spec(image="raw")), "observation.images.top"
+    writer.send("r1", 0, 0, [P] * 6)
+    writer.commit()
+    follower, arrays = sampler(tmp_path), {}
+
+    def out(name, shape, dtype):
+        return arrays.setdefault(name, np.full(shape, 255, dtype))
+
+    draw = follower.draw(BatchNeeds(8, 3, (name, *STATE), ALL, offsets=(0, 1)), 0)
+    batch, own = follower.gather(draw, out), follower.gather(draw)
+    assert set(arrays) == {"actions", name, STATE[0], f"{name}@1", f"{STATE[0]}@1"}
+    assert batch.obs[name] is arrays[name] and (batch.obs[name] == own.obs[name]).all()
+    assert batch.actions_BHA is arrays["actions"] and (batch.actions_BHA == own.actions_BHA).all()
+    arrays["actions"] = np.empty((8, 3, 4), np.float32)[:, :, ::2]
+    with pytest.raises(ValueError, match="actions"):
+        follower.gather(draw, out)
 
 
 def test_sampleable_lines_have_a_latency_a_step(tmp_path):

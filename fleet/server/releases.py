@@ -37,10 +37,11 @@ class ReleaseStore:
     Args:
         folder: ``releases`` of a run folder.
         keys: ``keys`` of the run folder; needed to publish only.
+        files: The seam for file calls.
     """
 
-    def __init__(self, folder: Path, keys: Path | None = None) -> None:
-        self._folder, self._keys = folder, keys
+    def __init__(self, folder: Path, keys: Path | None = None, *, files: Files | None = None) -> None:
+        self._folder, self._keys, self._files = folder, keys, files or Files()
         self._manifests, self._chunks, self._tmp = folder / "manifests", folder / "chunks", folder / "tmp"
         self._listed: tuple[int, int | None] | None = None  # (mtime of manifests/, newest) while that can be trusted
         self._swept = False
@@ -64,14 +65,11 @@ class ReleaseStore:
             raise ReleaseError(f"{self._folder} was opened for reading", rule="publishing needs the keys of the run")
         header, pieces = split(safetensors)
         self._make_folders()
-        new_chunks = False
         for name, data in pieces:
             path = self._chunks / name
             if not (path.exists() and path.stat().st_size == len(data)):
                 self._write(path, data)
-                new_chunks = True
-        if new_chunks:
-            Files().fsync_dir(self._chunks)
+        self._files.fsync_dir(self._chunks)  # also where all are there: a killed process may have left them undurable
         parent = self._scan()
         version = max(parent or 0, self.last_version_given) + 1
         refs = tuple(ChunkRef(name, len(data)) for name, data in pieces)
@@ -86,7 +84,7 @@ class ReleaseStore:
         read_manifest(data)  # what robots would refuse is refused here
         self.never_reuse(version)
         self._write(self._manifests / f"{version}.json", data)
-        Files().fsync_dir(self._manifests)
+        self._files.fsync_dir(self._manifests)
         return signed
 
     def newest(self) -> int | None:
@@ -164,7 +162,7 @@ class ReleaseStore:
         if version > self.last_version_given:
             self._make_folders()
             self._write(self._folder / "counter", str(version).encode())
-            Files().fsync_dir(self._folder)
+            self._files.fsync_dir(self._folder)
 
     def prune(self, keep: int) -> list[int]:
         """Deletes all but the newest ``keep`` releases, and the chunks that no release names any more.
@@ -178,12 +176,12 @@ class ReleaseStore:
         old, kept = versions[:-keep], versions[-keep:]
         if old:
             for version in old:
-                (self._manifests / f"{version}.json").unlink(missing_ok=True)
-            Files().fsync_dir(self._manifests)
+                self._files.unlink(self._manifests / f"{version}.json")
+            self._files.fsync_dir(self._manifests)
             named = {chunk.id for version in kept for chunk in self.manifest(version).chunks}
             for entry in list(os.scandir(self._chunks)):
                 if entry.name not in named:
-                    Path(entry.path).unlink(missing_ok=True)
+                    self._files.unlink(Path(entry.path))
         return old
 
     def _scan(self) -> int | None:
@@ -191,24 +189,28 @@ class ReleaseStore:
         return versions[-1] if versions else None
 
     def _make_folders(self) -> None:
-        for folder in (self._manifests, self._chunks, self._tmp):
-            folder.mkdir(parents=True, exist_ok=True)
-        if not self._swept:  # the only writer sweeps what one before it left behind
-            for entry in list(os.scandir(self._tmp)):
-                os.unlink(entry.path)
-            self._swept = True
+        folders = (self._manifests, self._chunks, self._tmp)
+        if self._swept and all(folder.is_dir() for folder in folders):
+            return
+        for folder in folders:
+            self._files.make_folders(folder)
+        for entry in list(os.scandir(self._tmp)):  # the only writer sweeps what one before it left behind
+            self._files.unlink(Path(entry.path))
+        self._swept = True
 
     def _write(self, path: Path, data: bytes) -> None:
         """Makes ``path`` hold ``data``, whole or not at all; the caller syncs its folder."""
         part = self._tmp / f"{path.name}.{secrets.token_hex(4)}"
         try:
-            with part.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
+            fd = self._files.open_new(part)
+            try:
+                self._files.write(fd, [data])
+                self._files.fsync(fd)
+            finally:
+                self._files.close(fd)
+            self._files.replace(part, path)
         except OSError as error:
             with contextlib.suppress(OSError):
-                part.unlink()
+                self._files.unlink(part)
             kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
             raise kind(f"{path} cannot be written: {error}", remedy="make room, or remove old releases") from None

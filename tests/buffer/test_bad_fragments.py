@@ -192,6 +192,7 @@ def bad_fragments():
         "a number far away": ({**fields, "seq": 2**63}, payload),
         "a spec that nobody said": ({**fields, "spec_hash": "f" * 16}, payload),
         "a spec's name as a path": ({**fields, "spec_hash": "../" * 900}, payload),
+        "a spec's name longer than a file's": ({**fields, "spec_hash": "f" * 300}, payload),
     }
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from fleet.errors import DiskFull, ReleaseError
+from fleet.files import Files
 from fleet.identity import create_run_keys
 from fleet.releases import MAX_CHUNK_BYTES, OWN_CHUNK_BYTES, assemble, chunk_id, parse_manifest, read_manifest, split
 from fleet.server.releases import ReleaseStore
@@ -265,19 +266,25 @@ def test_pruning_keeps_what_is_still_named(store, tmp_path):
     assert publish(store).version == 6
 
 
-def test_a_full_disk_publishes_nothing(store, tmp_path, monkeypatch):
-    publish(store)
-    real = os.fsync
+class FullDisk(Files):
+    """Full while it is ``full``; that shows at the fsync."""
 
-    def full(handle):
-        if os.readlink(f"/proc/self/fd/{handle}").startswith(str(tmp_path / "releases" / "tmp")):
+    full = False
+
+    def fsync(self, fd):
+        if self.full:
             raise OSError(28, "No space left on device")
-        real(handle)
+        super().fsync(fd)
 
-    monkeypatch.setattr(os, "fsync", full)
+
+def test_a_full_disk_publishes_nothing(tmp_path, keys):
+    disk = FullDisk()
+    store = ReleaseStore(tmp_path / "releases", keys, files=disk)
+    publish(store)
+    disk.full = True
     with pytest.raises(DiskFull):
         publish(store, weights(1))
-    monkeypatch.undo()
+    disk.full = False
     assert store.newest() == 1 and not list((tmp_path / "releases" / "tmp").iterdir())
     assert publish(store, weights(1)).version == 2
 

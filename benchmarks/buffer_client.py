@@ -11,6 +11,7 @@ import collections
 import itertools
 import secrets
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from typing import Any
 from actors.fragments import encode_rows
 from actors.mailbox import Mailbox
 from actors.uplink import Uplink
-from benchmarks.buffer_data import Robot
+from benchmarks.buffer_data import WARM_STEPS, Robot
 from benchmarks.buffer_plain import PlainRobotLink
 from fleet.identity import Credential
 from fleet.spool import Spool, SpooledFragment
 from fleet.transport_zmq import ZmqRobotLink
 
-WINDOW = 16  # fragments that wait for their acknowledgement
+WINDOW = 24  # fragments that wait for their acknowledgement
+STUCK_S = 30.0
 
 
 class MemorySpool:
@@ -78,10 +80,14 @@ def connect(credential: Credential, spool: Any, robot: Robot, folder: Path, *, p
 
 
 def send(uplink: Uplink, spool: Any, robot: Robot, steps: int) -> None:
-    """Sends ``steps`` steps and returns when all are acknowledged."""
+    """Sends ``steps`` steps and returns when all are acknowledged; TimeoutError when nothing is for ``STUCK_S``."""
     fragments: Iterator[Any] = robot.fragments(steps)
-    more = True
+    more, pending, progress_s = True, 0, time.monotonic()
     while more or spool.num_pending:
+        if spool.num_pending != pending:
+            pending, progress_s = spool.num_pending, time.monotonic()
+        elif time.monotonic() - progress_s > STUCK_S:
+            raise TimeoutError(f"{pending} fragments are not acknowledged")
         room = WINDOW - spool.num_pending
         batch = list(itertools.islice(fragments, min(room, 4))) if more and room > 0 else []
         for episode, rows in batch:
@@ -100,7 +106,7 @@ def main() -> None:
     spool: Any = MemorySpool() if spool_folder == "-" else Spool(Path(spool_folder), max_bytes=1 << 32)
     robot = Robot(credential.robot_id, spool.boot_id, codec)
     uplink = connect(credential, spool, robot, Path(f"{credential_path}.state"), plain=wire == "plain")
-    send(uplink, spool, robot, 64)  # imports and caches are warm; the same is done for the peers
+    send(uplink, spool, robot, WARM_STEPS)  # imports, caches and memory are warm; the same is done for the peers
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     sys.stdin.readline()

@@ -22,7 +22,8 @@ from fleet.spec import Feature, RobotSpec
 
 STATE, ACTION, CAMERAS = 39, 7, ("observation.images.front", "observation.images.wrist")
 STEP_BYTES = 2 * 128 * 128 * 3 + 4 * (STATE + ACTION)
-FRAGMENT_STEPS, EPISODE_STEPS = 16, 400  # 0.8 s and 20 s at 20 Hz
+FRAGMENT_STEPS, EPISODE_STEPS = 20, 400  # 1 s and 20 s at 20 Hz
+WARM_STEPS = 480  # sent before the clock starts
 TASK = "benchmark"
 _POOL = 64  # different frames; each step takes the next one
 
@@ -58,11 +59,12 @@ class Robot:
         self._step = 0
 
     def fragments(self, num_steps: int) -> Iterator[tuple[int, dict[str, list[dict[str, Any]]]]]:
-        """(episode, rows by table) of fragments of ``FRAGMENT_STEPS`` steps."""
-        for first in range(self._step, self._step + num_steps, FRAGMENT_STEPS):
-            last = min(first + FRAGMENT_STEPS, self._step + num_steps)
-            yield first // EPISODE_STEPS, {"steps": [self._row(step) for step in range(first, last)]}
-        self._step += num_steps
+        """(episode, rows by table) of fragments of ``FRAGMENT_STEPS`` steps, or fewer at the end and at an episode's."""
+        end = self._step + num_steps
+        while self._step < end:
+            first, episode = self._step, self._step // EPISODE_STEPS
+            self._step = min(first + FRAGMENT_STEPS, end, (episode + 1) * EPISODE_STEPS)
+            yield episode, {"steps": [self._row(step) for step in range(first, self._step)]}
 
     def _row(self, step: int) -> dict[str, Any]:
         episode, frame = divmod(step, EPISODE_STEPS)

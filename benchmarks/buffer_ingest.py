@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.buffer_data import STEP_BYTES, make_frames
+from benchmarks.buffer_data import STEP_BYTES, WARM_STEPS, make_frames
 from benchmarks.buffer_limits import disk_bytes_per_s, memcpy_bytes_per_s, tcp_bytes_per_s
 from benchmarks.buffer_process import ROOT, Child, Timing, measure, shard
 from benchmarks.buffer_report import Peers, measured, median, say
@@ -21,7 +21,6 @@ from buffer.reader import LogReader
 from fleet.schema import decode_fragment
 
 CLIENTS = (1, 4)
-WARM_STEPS = 64  # sent before the clock starts, see buffer_client
 
 
 @dataclasses.dataclass(frozen=True)

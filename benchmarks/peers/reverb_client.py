@@ -63,7 +63,7 @@ if __name__ == "__main__":
     port, steps, kind, frames = sys.argv[1:]
     client = reverb.Client("127.0.0.1:" + port)
     make = step_maker(frames)
-    send(client, make, 64, kind)
+    send(client, make, 480, kind)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     sys.stdin.readline()

@@ -35,7 +35,7 @@ class EpisodeTable:
         robot, boot, task: Indices into ``robots``, ``boots`` and the index's task names; task -1 for one that is not asked
             for.
         outcome: Outcome, by its newest label, else as the robot said.
-        length: Steps as the robot said, else the steps that are there so far.
+        length: Steps as the robot said at the end, else up to the newest one that was read.
         first_version, last_version: Policy versions that acted, -1 for none.
         num_operator_steps: Steps under an operator.
         excluded: By a label. finished: Its end is known.
@@ -95,8 +95,7 @@ class EpisodeTable:
         if row["event"] != "closed":
             return
         self.finished[number] = True
-        if row["length"] >= 0:
-            self.length[number] = row["length"]
+        self.length[number] = max(self.length[number], row["length"])
         self.first_version[number], self.last_version[number] = row["first_version"], row["last_version"]
         self._said[number] = _OUTCOMES.get(row["outcome"], Outcome.UNKNOWN)
         self._judge(number)
@@ -107,8 +106,7 @@ class EpisodeTable:
         if self.first_step[number] < 0:
             self.first_step[number] = first_step
         self.num_operator_steps[number] += num_operator
-        if not self.finished[number]:
-            self.length[number] = max(self.length[number], last_frame + 1)
+        self.length[number] = max(self.length[number], last_frame + 1)
 
     def add_version(self, number: int, version: int) -> None:
         """A version that acted in an episode whose end is not known."""

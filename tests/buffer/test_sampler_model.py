@@ -138,6 +138,26 @@ def test_long_histories_and_lookahead_over_many_fragments(tmp_path, within):
     assert_windows(recorder, sampler.batch(needs, 0), needs)
 
 
+def test_replay_columns_have_one_form_also_where_no_policy_was_called(tmp_path):
+    recorder = Recorder(tmp_path)
+    recorder.fragment(0, 0, [Source.DEMO] * 5)
+    recorder.fragment(1, 1, [Source.POLICY] * 5, new_chunk=3)
+    recorder.fragment(1, 1, [Source.POLICY] * 5, new_chunk=3)
+    recorder.commit()
+    sampler = Sampler(tmp_path, TASKS, 0)
+    sampler.poll()
+    replay = ("replay.seed", "log_prob_T", "replay.unknown")
+    demos, calls = (
+        sampler.batch(BatchNeeds(30, 2, (STATE,), {(source,): 1.0}, replay=replay), 0).replay
+        for source in (Source.DEMO, Source.POLICY)
+    )
+    assert set(calls["replay.seed"].tolist()) == {10, 20} and calls["log_prob_T"].shape == (30, 2)
+    assert {tuple(row) for row in calls["log_prob_T"].tolist()} == {(0.0, 0.0), (0.0, 1.0)}
+    assert demos["replay.seed"].tolist() == [0] * 30 and demos["replay.seed"].dtype == calls["replay.seed"].dtype
+    assert demos["log_prob_T"].shape == calls["replay.unknown"].shape == (30, 0)
+    assert demos["log_prob_T"].dtype == calls["log_prob_T"].dtype
+
+
 def test_filters_by_task_robot_outcome_and_age(tmp_path):
     recorder = Recorder(tmp_path)
     outcomes = ["success", "failure", "unknown", None]

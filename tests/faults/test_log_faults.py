@@ -4,11 +4,9 @@ import functools
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
-import traceback
 
 import pytest
 
@@ -23,6 +21,7 @@ from fleet.robot import Source
 from tests.buffer.fragments import make_spec, message
 from tests.faults import log_writer
 from tests.faults.disk_model import Unsynced
+from tests.faults.forked import Forked
 
 SCALE = int(os.environ.get("FLEET_TEST_SCALE", "1"))
 P, B = Source.POLICY, "b" * 16
@@ -45,33 +44,6 @@ def kill_open(log):
 
 def start_writer(folder):
     return subprocess.Popen([sys.executable, "-m", "tests.faults.log_writer", str(folder)], stdout=subprocess.PIPE, text=True)
-
-
-class Forked:
-    """A copy of this process that ``work``s and writes what it says into a pipe, until it is killed. Starts in no time."""
-
-    def __init__(self, work):
-        reading, writing = os.pipe()
-        self.pid = os.fork()
-        if not self.pid:
-            try:
-                os.close(reading)
-                work(lambda text: os.write(writing, f"{text}\n".encode()))
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(3)
-        os.close(writing)
-        self.said = os.fdopen(reading)
-
-    def kill(self):
-        """Returns the lines that were said; half a line was not."""
-        os.kill(self.pid, signal.SIGKILL)
-        text = self.said.read()
-        self.said.close()
-        _, status = os.waitpid(self.pid, 0)
-        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, "it ended by itself"
-        return [line.split() for line in text.split("\n")[:-1]]
 
 
 @pytest.mark.timeout(300)

@@ -1,9 +1,10 @@
+import functools
 import os
 import random
-import signal
-import subprocess
-import sys
+import shutil
 import time
+
+import pytest
 
 from buffer.ingest import Ingest
 from buffer.log import Log
@@ -11,6 +12,8 @@ from buffer.reader import LogReader
 from fleet.robot import Source
 from fleet.spool import Spool
 from tests.buffer.fragments import fragment, make_spec, message
+from tests.faults import spool_writer
+from tests.faults.forked import Forked
 
 SCALE = int(os.environ.get("FLEET_TEST_SCALE", "1"))
 P, SPEC, BIG = Source.POLICY, make_spec(), 1 << 40
@@ -23,25 +26,23 @@ def drain(spool):
     return found
 
 
-def run_and_kill(folder, seconds):
-    """(boot, numbers given) of a writer that was killed."""
-    command = [sys.executable, "-m", "tests.faults.spool_writer", str(folder), "20000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    boot = process.stdout.readline().split()[1]
-    time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    lines = process.stdout.read().splitlines()
-    process.wait()
-    return boot, [int(line.split()[1]) for line in lines if line.startswith("seq ") and line.split()[1:]]
+def run_and_kill(folder, rng):
+    """(boot, numbers given) of a writer that was killed; None where it did not come to say its boot."""
+    process = Forked(functools.partial(spool_writer.work, folder))
+    lines = [process.said.readline().split() for _ in range(rng.choice([0, 1, 2, 9]))]
+    time.sleep(rng.uniform(0, rng.choice([0.003, 0.03])))
+    lines += process.kill()
+    return (lines[0][1], [int(line[1]) for line in lines[1:]]) if lines else (None, [])
 
 
+@pytest.mark.timeout(300)
 def test_kill_and_reopen_resends_everything_under_the_same_numbers(tmp_path):
     rng, given, log = random.Random(3), {}, Log(tmp_path / "buffer")
     ingest, spec = Ingest(log), make_spec(extra=20_000)
-    for _ in range(5 * SCALE):
-        boot, numbers = run_and_kill(tmp_path / "spool", rng.uniform(0.02, 0.2))
+    for _ in range(20 * SCALE):
+        boot, numbers = run_and_kill(tmp_path / "spool", rng)
         assert boot not in given, "a boot's name was used again"
-        given[boot] = numbers
+        given.update({boot: numbers} if boot else {})
         spool = Spool(tmp_path / "spool", max_bytes=BIG)
         # Sends a part, is acknowledged less, and stops: the next start must go on from there.
         for name in spool.boots():
@@ -97,7 +98,7 @@ def test_every_cut_of_the_last_file_keeps_what_lies_before(tmp_path):
     last = max((tmp_path / "spool").rglob("*.spool"))
     size = last.stat().st_size
     kept = []
-    for cut in range(size, -1, -max(size // (60 * SCALE), 1)):
+    for cut in range(size, -1, -max(10 // SCALE, 1)):
         os.truncate(last, cut)
         spool = Spool(tmp_path / "spool", max_bytes=BIG)
         got = [g.seq for g in drain(spool)]
@@ -157,3 +158,23 @@ def test_a_hole_that_the_gateway_has_a_part_of_is_taken(tmp_path):
     log.close()
     assert send_to_ingest(spool, tmp_path / "buffer") == 0 and [r.seq for r in LogReader(tmp_path / "buffer").poll()][-1] == 6
     spool.close()
+
+
+def test_a_flipped_bit_costs_the_rest_of_its_episode_at_most(tmp_path, scale):
+    rng = random.Random(6)
+    boot, files = make_boot(tmp_path / "whole")
+    for trial in range(30 * scale):
+        folder = tmp_path / f"t{trial}"
+        shutil.copytree(tmp_path / "whole", folder / "spool")
+        victim = folder / "spool" / rng.choice(files).relative_to(tmp_path / "whole")
+        data = bytearray(victim.read_bytes())
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        victim.write_bytes(data)
+        spool = Spool(folder / "spool", max_bytes=BIG)
+        stored = send_to_ingest(spool, folder / "buffer")
+        tail = spool.num_pending < 9  # of the newest file a damaged header at the end looks like a torn one
+        assert 6 <= stored <= 9 and spool.damaged <= 1 and (spool.num_pending == 9 or (tail and stored == spool.num_pending))
+        spool.acknowledge(boot, 9)
+        assert (spool.num_pending, spool.bytes_pending) == (0, 0)
+        spool.close()
+        shutil.rmtree(folder)

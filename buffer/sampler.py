@@ -9,6 +9,9 @@ read: at once or in bits, from sidecars or from the fragments, in whichever proc
 that saw it happen has the same steps in another order than one that began later.) An episode that still goes on is
 sampled as it is: a window at its newest steps is shorter until the rest arrives.
 
+Checksums of payloads are verified where the log is followed record by record, and when a sidecar is made; not of sealed
+segments that have none yet, so that a start does not read the whole log.
+
 Shape suffixes: B batch, H actions in a window, W steps of a walk.
 """
 
@@ -43,7 +46,7 @@ from fleet.robot import Source
 from fleet.schema import decode_fragment
 from fleet.spec import RobotSpec
 
-MAPPED_BYTES = 2 << 30  # resident pages of the maps before they are handed back
+MAPPED_BYTES = 128 << 20  # resident pages of the maps before they are handed back; faulting them in again is cheap
 
 
 class Sampler:

@@ -31,6 +31,7 @@ from buffer import groups, sidecar
 from buffer.arena import Arena, Residency, allow_many_files
 from buffer.draw import Accept, draw_windows
 from buffer.feedback import Feedback, Span
+from buffer.filters import both, passing
 from buffer.gather import Allocate, Draw, ImageCache, gather
 from buffer.index import StepIndex
 from buffer.ingest import latencies_ms
@@ -163,7 +164,7 @@ class Sampler:
         tasks = {number for number, name in enumerate(self.index.task_names) if name in names}
         pools = {key: pool.view for key, pool in self.index.pools.items() if key[1] in tasks}
         scores = self._feedback.scores(needs, self.index.end, self._spans)
-        accept = both(self._filter(needs, newest_version), None if scores is None else scores.accept)
+        accept = both(passing(self.index, needs.filter, newest_version), None if scores is None else scores.accept)
         cached = None if self._cache is None else self._cached(needs, self._cache)
         rng = np.random.default_rng([self._seed, step])
         steps_B = draw_windows(pools, needs, accept, self._feedback.online_share(needs), rng, cached)
@@ -300,23 +301,6 @@ class Sampler:
                 arenas[taken.arena] = Arena(np.empty(0, np.uint8))  # the file is let go of when no draw needs it any more
                 self._arenas = tuple(arenas)
 
-    def _filter(self, needs: BatchNeeds, newest_version: int) -> Accept | None:
-        """Which steps pass; None: all."""
-        index, wanted, max_age = self.index, needs.filter, needs.filter.max_version_age
-        allowed = index.episodes.allowed(wanted.outcomes, wanted.robots)
-        if max_age is None and allowed.all():
-            return None
-        newest = newest_version if newest_version >= 0 else index.newest_version
-
-        def accept(steps: np.ndarray) -> np.ndarray:
-            kept: np.ndarray = allowed[index.episode[index.fragment[steps]]]
-            if max_age is not None:
-                version = index.version[steps]
-                kept = kept & ((version < 0) | (newest - version <= max_age))
-            return kept
-
-        return accept
-
     def _cached(self, needs: BatchNeeds, cache: ImageCache) -> Accept | None:
         """Which steps have all their images in the cache; None where none are encoded."""
         names = tuple(name for name in needs.observations if self._maker.feature(name).codec != "raw")
@@ -328,13 +312,6 @@ class Sampler:
         """Which steps are of which segment."""
         index = self.index
         return [(taken.file, *index.span(taken.first, taken.end)) for taken in self._segments.values()]
-
-
-def both(a: Accept | None, b: Accept | None) -> Accept | None:
-    """The chance that both keep a step."""
-    if a is None or b is None:
-        return a or b
-    return lambda steps: a(steps) * b(steps)
 
 
 @dataclasses.dataclass

@@ -99,13 +99,33 @@ def exclude(
 
 
 @app.command()
+def verify(run: RunPath, as_json: AsJson = False) -> None:
+    """Check every byte: checksums, Arrow data, specs, order, each fragment once and none missing. Exit code 1 on any fault."""
+    with clear_errors():
+        from infra.data_care import verify_run
+
+        raise typer.Exit(verify_run(run, as_json))
+
+
+@app.command()
+def repair(
+    run: RunPath, yes: Annotated[bool, typer.Option("--yes", help="Do it; else only say what would be done.")] = False
+) -> None:
+    """Make anew what can be: states, manifest, sidecars; segments stay as they are. Refused while the run is served."""
+    with clear_errors():
+        from infra.data_care import repair_run
+
+        repair_run(run, yes)
+
+
+@app.command()
 def prune(
     run: RunPath,
     max_gb: Annotated[
-        float | None, typer.Option(help="Give up the oldest data beyond this; 0: no limit. Default: the run's.")
+        float | None, typer.Option(min=0, max=1e9, help="Give up the oldest data beyond this; 0: no limit. Default: the run's.")
     ] = None,
     max_age_h: Annotated[
-        float | None, typer.Option(help="Give up data received longer ago; 0: no limit. Default: the run's.")
+        float | None, typer.Option(min=0, max=1e6, help="Give up data received longer ago; 0: no limit. Default: the run's.")
     ] = None,
     protect: Annotated[
         list[str] | None,

@@ -18,7 +18,7 @@ def console() -> Console:
 
 
 def table(columns: str, rows: Iterable[Iterable[object]]) -> Table:
-    """A table; names in ``columns`` are parted by ``|``, those that begin with ``>`` hold numbers. ``"|"``: two without a head."""
+    """A table; names in ``columns`` are parted by ``|``, of those that begin with ``>`` the cells stand right."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=columns != "|")
     for column in columns.split("|"):
         made.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")

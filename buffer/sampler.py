@@ -47,7 +47,7 @@ from fleet.robot import Source
 from fleet.schema import decode_fragment
 from fleet.spec import RobotSpec
 
-MAPPED_BYTES = 128 << 20  # resident pages of the maps before they are handed back; faulting them in again is cheap
+MAPPED_BYTES = 256 << 20  # resident pages of the maps before they are handed back; a batch of images faults in 50 MB
 
 
 class Sampler:

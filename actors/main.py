@@ -28,11 +28,13 @@ from actors.uplink import Uplink
 from fleet.config import load_run
 from fleet.errors import ConfigError, FleetError, GatewayUnreachable, RobotError
 from fleet.identity import Credential
+from fleet.memory import keep_freed_memory
 from fleet.spool import Spool
 from fleet.transport_zmq import ZmqRobotLink
 
 log = logging.getLogger("fleet.actor")
 SAY_EVERY_S = 5.0
+KEPT_BYTES = 64 * 1024 * 1024  # freed memory that stays with the process
 FIRST_RELEASE = (
     "waiting for the first release: the learner publishes it when it has demonstrations; give some with "
     "`fleet join FILE --demonstrate 10`"
@@ -166,6 +168,7 @@ def join(path: Path, overrides: list[str] | None = None) -> None:
     Raises:
         FleetError: See ``Actor``.
     """
+    keep_freed_memory(KEPT_BYTES)
     actor = Actor(path, overrides)
 
     def ask_to_stop(number: int, frame: object) -> None:

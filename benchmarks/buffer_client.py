@@ -18,10 +18,12 @@ from typing import Any
 
 from actors.fragments import encode_rows
 from actors.mailbox import Mailbox
+from actors.main import KEPT_BYTES
 from actors.uplink import Uplink
 from benchmarks.buffer_data import WARM_STEPS, Robot
 from benchmarks.buffer_plain import PlainRobotLink
 from fleet.identity import Credential
+from fleet.memory import keep_freed_memory
 from fleet.spool import Spool, SpooledFragment
 from fleet.transport_zmq import ZmqRobotLink
 
@@ -104,6 +106,7 @@ def main() -> None:
     credential_path, spool_folder, wire, codec, steps = sys.argv[1:]
     credential = Credential.load(Path(credential_path))
     spool: Any = MemorySpool() if spool_folder == "-" else Spool(Path(spool_folder), max_bytes=1 << 32)
+    keep_freed_memory(KEPT_BYTES)
     robot = Robot(credential.robot_id, spool.boot_id, codec)
     uplink = connect(credential, spool, robot, Path(f"{credential_path}.state"), plain=wire == "plain")
     send(uplink, spool, robot, WARM_STEPS)  # imports, caches and memory are warm; the same is done for the peers

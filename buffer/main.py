@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from buffer.retention import Limits
 
 log = logging.getLogger("fleet.gateway")
+KEPT_BYTES = 256 * 1024 * 1024  # freed memory that stays with the process
 
 
 @dataclasses.dataclass
@@ -252,11 +253,11 @@ def serve(
 
 
 def main() -> None:
-    from fleet.server.memory import keep_freed_memory
+    from fleet.memory import keep_freed_memory
     from fleet.server.registry import RegistryConfig, registry_url
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    keep_freed_memory()
+    keep_freed_memory(KEPT_BYTES)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda signum, frame: stop.set())

@@ -206,11 +206,10 @@ class Spool:
         return boot
 
     def _fill(self, boot: Boot, first: int) -> None:
-        before = sum(entry.size for entry in boot.entries if not entry.dropped)
-        steps, missing = fill_holes(boot, first)
-        self.bytes_pending += sum(entry.size for entry in boot.entries if not entry.dropped) - before
-        self.dropped_steps += steps
+        missing, broken = fill_holes(boot, first)
         self.num_pending += missing
+        for entries in broken:
+            self._lose(boot, entries)
 
     def _count(self, entry: Entry, sign: int) -> None:
         self.num_pending += sign
@@ -221,10 +220,18 @@ class Spool:
         self.damaged += 1
         lost = boot.entries[at]
         rest = [e for e in itertools.islice(boot.entries, at, None) if e.episode == lost.episode and not e.dropped]
-        self.dropped_steps += sum(map(num_steps, rest))
-        self._drop(boot, rest)
+        self._lose(boot, rest)
         if boot is self._current and boot.entries[-1].episode == lost.episode:
             boot.full_episode = lost.episode
+
+    def _lose(self, boot: Boot, entries: list[Entry]) -> None:
+        """Drops what cannot stand without a fragment that is gone. Noted, because once the gateway has a part of it
+        nothing else tells a later start why the rest must not be sent."""
+        self.dropped_steps += sum(map(num_steps, entries))
+        try:
+            self._drop_noted(boot, entries)
+        except StorageError:  # without the note only a restart at this very place is stuck
+            self._drop(boot, entries)
 
     def _drop(self, boot: Boot, entries: list[Entry]) -> None:
         """Replaces entries by dropped ones without a place on disk, and lets go of their files."""
@@ -308,8 +315,12 @@ class Spool:
         return self._examined[key]
 
     def _drop_episode(self, boot: Boot, entries: list[Entry]) -> None:
+        num_dropped = sum(map(num_steps, entries))
+        self._drop_noted(boot, entries)
+        self.dropped_steps += num_dropped
+
+    def _drop_noted(self, boot: Boot, entries: list[Entry]) -> None:
         """First the note that the numbers are dropped, durably, then the files: a kill in between costs nothing."""
-        self.dropped_steps += sum(map(num_steps, entries))
         first, last = entries[0], entries[-1]
         with storage_errors(f"dropping episode {first.episode} of {boot.folder}"):
             file, fd = SpoolFile.create(self._files, boot.folder, first.seq)

@@ -162,16 +162,16 @@ def _scan_file(spool_file: SpoolFile) -> list[Record | Damage]:
     return items
 
 
-def fill_holes(boot: Boot, first: int) -> tuple[int, int]:
-    """Gives each missing number from ``first`` on a dropped entry, and drops what cannot stand without it.
-
-    The rest of an episode that lost a fragment goes too: its frames would no longer follow each other.
+def fill_holes(boot: Boot, first: int) -> tuple[int, list[list[Entry]]]:
+    """Gives each missing number from ``first`` on a dropped entry.
 
     Returns:
-        Steps that were dropped, numbers that were missing.
+        Numbers that were missing; what cannot stand without them and is to be dropped by the caller: the rest of each
+        episode that lost a fragment, for its frames would no longer follow each other.
     """
-    expected, steps, missing = first, 0, 0
-    broken: int | None = None  # the episode that lost a fragment
+    expected, missing = first, 0
+    broken: list[list[Entry]] = []
+    is_broken = False
     filled: list[Entry] = []
     for entry in boot.entries:
         if entry.seq > expected:
@@ -180,15 +180,18 @@ def fill_holes(boot: Boot, first: int) -> tuple[int, int]:
             episode = entry.episode - int(starts)
             filled += [Entry(seq, episode, entry.spec_hash, True) for seq in range(expected, entry.seq)]
             missing += entry.seq - expected
-            broken = None if starts or entry.dropped else entry.episode
-        if entry.episode == broken and not entry.dropped:
-            steps += num_steps(entry)
-            entry = dataclasses.replace(entry, dropped=True)
+            is_broken = not starts and not entry.dropped
+            if is_broken:
+                broken.append([])
+        elif is_broken and entry.episode != filled[-1].episode:
+            is_broken = False
+        if is_broken and not entry.dropped:
+            broken[-1].append(entry)
         filled.append(entry)
         expected = entry.seq + 1
-    if len(filled) != len(boot.entries) or steps:
+    if missing:
         boot.entries = collections.deque(filled)
-    return steps, missing
+    return missing, broken
 
 
 def num_steps(entry: Entry) -> int:

@@ -160,6 +160,35 @@ def test_a_hole_that_the_gateway_has_a_part_of_is_taken(tmp_path):
     spool.close()
 
 
+def test_a_restart_in_the_middle_of_what_was_given_up_sends_none_of_it(tmp_path):
+    """The gateway has the note for a lost fragment; the rest of its episode, whole on the disk, must not follow."""
+    for damage_while_running in (False, True):
+        folder = tmp_path / str(damage_while_running)
+        spool, log = Spool(folder / "spool", max_bytes=BIG), Log(folder / "buffer")
+        ingest, boot = Ingest(log), spool.boot_id
+        for i in range(4):
+            spool.append(SPEC.hash, *fragment("r1", boot, 0, i, [P], opened=i == 0, closed=i == 3), 0)
+        if not damage_while_running:
+            spool.close()
+        (file,) = (folder / "spool").rglob("*.spool")
+        data = bytearray(file.read_bytes())
+        data[len(data) * 4 // 10] ^= 0xFF  # in the second of four
+        file.write_bytes(data)
+        for stored in (2, 3, 4):
+            if stored > 2 or not damage_while_running:
+                spool = Spool(folder / "spool", max_bytes=BIG)
+            spool.rewind(boot, ingest.admit("r1", boot, SPEC))
+            for g in drain(spool)[: stored - log.high_water("r1", boot)]:
+                fields = {"boot_id": g.boot_id, "seq": g.seq, "spec_hash": g.spec_hash, "tables": dict(g.tables)}
+                ingest.offer("r1", fields, g.payload)
+            for _, name, seq in ingest.commit():
+                spool.acknowledge(name, seq)
+            assert log.high_water("r1", boot) == stored
+            spool.close()
+        assert ingest.stats.steps["r1", "policy"] == 1 and not list((folder / "spool").rglob("*.spool"))
+        log.close()
+
+
 def test_a_flipped_bit_costs_the_rest_of_its_episode_at_most(tmp_path, scale):
     rng = random.Random(6)
     boot, files = make_boot(tmp_path / "whole")

@@ -1,8 +1,9 @@
 """Byte arrays that rows lie in: mapped segments.
 
-Small rows are read through the map. Large ones (raw frames) are read from the page cache with ``preadv``: as fast as a
-copy out of a map whose pages are there, faster than out of one whose pages are not, and they do not count as resident.
-What the maps make resident is bounded: at ``budget`` bytes their pages are handed back; they stay in the page cache.
+While the whole log fits into the budget of resident pages, all rows are read through the maps, at the speed of memory.
+When it does not, large rows (raw frames) are read from the page cache with ``preadv``: as fast as out of a map whose pages
+must be faulted in first, and they do not become resident. Small rows still go through the maps, and now and then the pages
+are handed back; they stay in the page cache.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 
 from fleet.errors import StorageError
 
+_SMALL_ROWS = 256 << 20  # bytes that small rows make resident before they are handed back; a batch faults in about 50 MB
 LARGE_ROW = 4096  # bytes from which on a row is copied by itself
 _FAULT_BITS = 16  # 64 KiB become resident around a row that is read through a map
 
@@ -44,13 +46,13 @@ class Arena:
                 self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 weakref.finalize(self, os.close, self._fd)
 
-    def read_rows(self, at: list[int], out: memoryview, rows: list[int], row_bytes: int) -> None:
-        """Copies ``row_bytes`` from each offset on into a row of ``out``.
+    def read_rows(self, at: list[int], out: memoryview, rows: list[int], row_bytes: int, fits: bool) -> None:
+        """Copies ``row_bytes`` from each offset on into a row of ``out``, through the map where the log ``fits``.
 
         Raises:
             StorageError: The disk cannot be read, or the file has become shorter.
         """
-        if self._fd < 0:
+        if fits or self._fd < 0:
             into = np.frombuffer(out, np.uint8).reshape(-1, row_bytes)
             for start, row in zip(at, rows, strict=True):
                 into[row] = self.bytes[start : start + row_bytes]
@@ -109,28 +111,46 @@ def allow_many_files() -> None:
 
 
 class Residency:
-    """Bounds what the maps make resident.
+    """Bounds what the maps make resident. For several threads at once.
 
     Args:
-        budget: Bytes. For several threads at once.
+        budget: Bytes.
+
+    Attributes:
+        fits: Whether all that was mapped so far may stay resident.
     """
 
     def __init__(self, budget: int) -> None:
         self._budget, self._lock, self._touched = budget, threading.Lock(), 0
+        self.fits = True
+
+    def update(self, num_bytes: int, arenas: Iterable[Arena]) -> None:
+        """There are so many bytes in all arenas now."""
+        fitted, self.fits = self.fits, num_bytes <= self._budget
+        if fitted and not self.fits:
+            for arena in arenas:
+                arena.forget()
 
     def touched(self, num_bytes: int, arenas: Iterable[Arena]) -> None:
         """So many more bytes were read through the maps of these arenas."""
+        if self.fits:
+            return
         with self._lock:
             self._touched += num_bytes
-            if self._touched < self._budget:
+            if self._touched < min(self._budget, _SMALL_ROWS):
                 return
             self._touched = 0
         for arena in arenas:
             arena.forget()
 
 
-def take(arenas: tuple[Arena, ...], arena_N: np.ndarray, at_N: np.ndarray, dtype: np.dtype[Any], out: np.ndarray) -> int:
+def take(
+    arenas: tuple[Arena, ...], arena_N: np.ndarray, at_N: np.ndarray, dtype: np.dtype[Any], out: np.ndarray, fits: bool
+) -> int:
     """Reads rows of ``dtype`` from byte offsets in their arenas into ``out`` (N, size), C contiguous.
+
+    Args:
+        fits: Large rows are read through the maps too.
 
     Returns:
         How many more bytes are resident.
@@ -143,7 +163,7 @@ def take(arenas: tuple[Arena, ...], arena_N: np.ndarray, at_N: np.ndarray, dtype
     if row_bytes >= LARGE_ROW:
         view = out.reshape(-1).view(np.uint8).data
         for arena, members in _by_arena(arena_N):
-            arenas[arena].read_rows(at_N[members].tolist(), view, members.tolist(), row_bytes)
+            arenas[arena].read_rows(at_N[members].tolist(), view, members.tolist(), row_bytes, fits)
         return 0
     items, within = at_N // dtype.itemsize, np.arange(size)
     for arena, members in _by_arena(arena_N):

@@ -118,7 +118,8 @@ class _Reader:
         rows = array.reshape(-1, *feature.shape)
         if read.offsets_at_N is None:
             stored = np.dtype(np.uint8) if feature.dtype == "bool" else feature.np_dtype
-            resident = take(self.arenas, read.arena_N, read.at_N, stored, rows.reshape(len(rows), feature.size).view(stored))
+            flat = rows.reshape(len(rows), feature.size).view(stored)
+            resident = take(self.arenas, read.arena_N, read.at_N, stored, flat, self.residency.fits)
             self.residency.touched(resident, self.arenas)
         elif self.cache is None:
             decode_row = self._decoder(read)
@@ -131,7 +132,7 @@ class _Reader:
     def _decoder(self, read: Read) -> Callable[[int, np.ndarray], bool]:
         assert read.offsets_at_N is not None
         pair_N2 = np.empty((len(read.steps_N), 2), np.int32)
-        resident = take(self.arenas, read.arena_N, read.offsets_at_N, pair_N2.dtype, pair_N2)
+        resident = take(self.arenas, read.arena_N, read.offsets_at_N, pair_N2.dtype, pair_N2, self.residency.fits)
         self.residency.touched(resident, self.arenas)
         starts = read.at_N[:, None] + pair_N2
 

@@ -47,7 +47,7 @@ from fleet.robot import Source
 from fleet.schema import decode_fragment
 from fleet.spec import RobotSpec
 
-MAPPED_BYTES = 256 << 20  # resident pages of the maps before they are handed back; a batch of images faults in 50 MB
+MAPPED_BYTES = 2 << 30  # a log of this size is read at the speed of memory
 
 
 class Sampler:
@@ -59,7 +59,7 @@ class Sampler:
         seed: Of all draws.
         journal: Where ``sampleable`` lines go.
         cache: Decoded images; None: each image is decoded whenever it is drawn.
-        mapped_bytes: Bound of what mapped segments make resident.
+        mapped_bytes: Bound of what mapped segments make resident. A larger log makes at most 256 MB of it so.
 
     Attributes:
         index: What is known of all steps; ``index.episodes`` of all episodes.
@@ -247,6 +247,8 @@ class Sampler:
         before = self.index.num_drawable
         self.index.take_in(part, taken.arena, self._usable(part))
         taken.end = self.index.num_fragments
+        taken.num_bytes = int((part.fragments["steps_at"] + part.fragments["steps_length"]).max(initial=taken.num_bytes))
+        self._residency.update(sum(taken.num_bytes for taken in self._segments.values()), self._arenas)
         if segment.number not in self._replaced:
             self._num_new += self.index.num_drawable - before
         if say and self._journal is not None:
@@ -322,3 +324,4 @@ class _Taken:
     arena: int
     first: int
     end: int = 0
+    num_bytes: int = 0

@@ -377,7 +377,7 @@ def test_pages_that_small_rows_fault_in_are_counted_and_handed_back(tmp_path):
     for _ in range(8):
         recorder.fragment(1, 0, [P] * 5)
     recorder.commit()
-    tight, loose = sampler_of(tmp_path, mapped_bytes=300_000), sampler_of(tmp_path)
+    tight, loose = sampler_of(tmp_path, mapped_bytes=300_000), sampler_of(tmp_path, mapped_bytes=1_500_000)
     needs, counts = BatchNeeds(64, 1, (STATE,), ALL), []
     for sampler in (tight, loose):
         for arena in sampler._arenas:

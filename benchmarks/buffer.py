@@ -1,7 +1,7 @@
 """The buffer: durable ingest, sampling, memory, restart; beside it Reverb, TorchRL and what the machine can do at most.
 
     tools/setup_peers.sh                            # once: the peers' environments
-    python -m benchmarks.buffer                     # all, about 15 minutes on 2 quiet cores
+    python -m benchmarks.buffer                     # all, about 13 minutes on 2 quiet cores
     python -m benchmarks.buffer --quick             # all in 3 minutes, with rough numbers that are not saved
     python -m benchmarks.buffer --only ingest memory
 

@@ -141,3 +141,37 @@ def prune(
         from infra.data_care import prune_run
 
         prune_run(run, max_gb, max_age_h, [] if protect_nothing else protect, yes)
+
+
+Uri = Annotated[str, typer.Argument(help="Where the archive lies: file://, s3://, gs:// or a local folder.")]
+
+
+@app.command()
+def archive(
+    run: RunPath,
+    uri: Uri,
+    everything: Annotated[
+        bool,
+        typer.Option("--everything", help="Also releases, the newest checkpoint and the keys: guard the archive like the run."),
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Read back all that was there before, too.")] = False,
+) -> None:
+    """Copy a run's data elsewhere: sealed segments, sidecars, specs, labels, settings. Again: only what is new.
+
+    What is archived stays, also when retention gives it up in the run. Keys stay here unless --everything is given: a run that
+    is restored without them enrolls its robots anew, and its learner begins anew on the same data. What is still written to
+    is left out until its segment ends. Each file is read back and its checksum compared. Works while the run lives.
+    """
+    with clear_errors():
+        from infra.data_archive import archive_run
+
+        raise typer.Exit(archive_run(run, uri, everything, check))
+
+
+@app.command()
+def restore(uri: Uri, run: Annotated[Path, typer.Argument(help="Run folder to make; new or empty.")]) -> None:
+    """Make a run folder of an archive: exactly the same bytes. Then `fleet up RUN --resume` goes on from it."""
+    with clear_errors():
+        from infra.data_archive import restore_run
+
+        restore_run(uri, run)

@@ -6,6 +6,7 @@ looked at; what grows is one small row an episode.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ from buffer.manifest import live_segments
 from buffer.parts import IndexPart, PartBuilder
 from buffer.reader import SegmentMap, map_segment
 from buffer.segment import SegmentName, SegmentState, read_state_file
-from fleet.errors import EpisodeError
+from fleet.errors import EpisodeError, FragmentRefused
 from fleet.robot import Source
 from fleet.schema import Fragment, decode_fragment
 
@@ -265,7 +266,7 @@ def fragments_of(buffer: Path, episode: Episode) -> Iterator[Fragment]:
     """The fragments of one episode in order, each read when it is asked for; damaged ones are left out.
 
     Raises:
-        OSError, StorageError, FragmentRefused: The log cannot be read.
+        OSError, StorageError: The log cannot be read.
     """
     for name in live_segments(buffer):
         if name.number not in episode.segments:
@@ -273,12 +274,13 @@ def fragments_of(buffer: Path, episode: Episode) -> Iterator[Fragment]:
         state, segment = read_state_file(name.state_path), map_segment(name)
         if state is None or segment is None:
             continue
-        records, _ = sidecar.records_of(segment, state.length)
+        records, _ = sidecar.records_of(segment, state.length, verify=True)
         for record in records:
             if (record.robot_id, record.boot_id) == episode.key[:2]:
-                fragment = decode_fragment(record.tables, record.payload)
-                if _speaks_of(fragment, episode.key[2]):
-                    yield fragment
+                with contextlib.suppress(FragmentRefused):
+                    fragment = decode_fragment(record.tables, record.payload)
+                    if _speaks_of(fragment, episode.key[2]):
+                        yield fragment
 
 
 def _speaks_of(fragment: Fragment, episode_id: int) -> bool:

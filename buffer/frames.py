@@ -41,7 +41,7 @@ def read_frames(buffer: Path, episode: Episode, count: int, *, images: bool = Tr
     """About ``count`` frames spread evenly over an episode, the last one, and each at which somebody else takes over.
 
     Raises:
-        OSError, StorageError, FragmentRefused, SpecError: The log cannot be read.
+        OSError, StorageError, SpecError: The log or its spec cannot be read.
     """
     spec = load_spec(buffer, episode.spec_hash)
     last = max(episode.num_steps - 1, 0)

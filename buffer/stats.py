@@ -153,7 +153,7 @@ def _add_episodes(stats: Stats, episodes: Iterable[Episode], hz: dict[str, float
             first = stats.first_version
             stats.first_version = episode.first_version if first < 0 else min(first, episode.first_version)
             stats.last_version = max(stats.last_version, episode.last_version)
-    stats.by_source, stats.by_outcome, stats.labels = +sources, dict(outcomes), dict(labels)
+    stats.by_source, stats.by_outcome, stats.labels = dict(+sources), dict(outcomes), dict(labels)
 
 
 def _add_files(stats: Stats, buffer: Path) -> None:

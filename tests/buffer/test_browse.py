@@ -4,13 +4,16 @@ import pytest
 
 from buffer import sidecar
 from buffer.browse import find_episodes, fragments_of, parts, read_episodes
+from buffer.frames import read_frames
 from buffer.labels import Label, append_labels
 from buffer.manifest import live_segments
 from buffer.sampler import Sampler
 from fleet.batch import Outcome
 from fleet.errors import EpisodeError
 from fleet.files import Files
+from tests.buffer.fragments import make_spec
 from tests.buffer.runs import OPERATOR, POLICY, Writer, fill
+from tests.buffer.test_verify import fragments
 
 
 def by_name(buffer):
@@ -108,3 +111,28 @@ def test_a_name_of_none_or_several_is_refused(tmp_path, asked, word):
 
 def test_an_empty_or_missing_log_has_no_episodes(tmp_path):
     assert read_episodes(tmp_path) == read_episodes(tmp_path / "none") == list(parts(tmp_path)) == []
+
+
+def test_of_a_damaged_episode_the_rest_is_shown(tmp_path):
+    fill(tmp_path)
+    episode = read_episodes(tmp_path)[0]
+    name = live_segments(tmp_path)[0]
+    with name.path.open("r+b") as file:
+        file.seek(fragments(name)[0].payload_at + 200)
+        file.write(b"\xff" * 64)
+    frames = read_frames(tmp_path, episode, 100)
+    assert [frame.index for frame in frames] == [3, 4, 5, 6, 7, 8]
+
+
+def test_frames_are_spread_evenly_and_show_who_takes_over(tmp_path):
+    writer = Writer(tmp_path, spec=make_spec(image="jpeg"))
+    writer.episode("arm-1", "b", 0, [POLICY] * 10 + [OPERATOR] + [POLICY] * 90, per_fragment=7, version=3)
+    writer.close()
+    (episode,) = read_episodes(tmp_path)
+    frames = read_frames(tmp_path, episode, 5)
+    assert [frame.index for frame in frames] == [0, 10, 11, 25, 50, 75, 100]
+    assert [frame.source == OPERATOR for frame in frames] == [False, True, False, False, False, False, False]
+    assert frames[3].version == 3 and frames[3].action.tolist() == [25.0, 1.0]
+    assert abs(int(frames[3].images["observation.images.top"].mean()) - 65) <= 2
+    assert read_frames(tmp_path, episode, 1, images=False)[0].images == {}
+    assert len(read_frames(tmp_path, episode, 1000)) == 101

@@ -36,7 +36,8 @@ test-lerobot: $(LEROBOT)/.ready-lerobot  ## import and export tried with lerobot
 	$(LEROBOT)/bin/python -m pytest -q --durations=5 tests/lerobot
 
 bench: $(VENV)/.ready-dev  ## every benchmark, and benchmarks/RESULTS.md from their results
-	@for name in attribution; do
+	@tools/setup_peers.sh || echo "bench  without these peers: their rows will say so"
+	@for name in attribution buffer; do
 		echo "bench  $$name"
 		$(PY) -m benchmarks.$$name --json
 	done
@@ -57,5 +58,5 @@ $(LEROBOT)/.ready-lerobot: pyproject.toml constraints/lerobot.txt tools/setup.sh
 	@LEAST_PYTHON=3.12 CONSTRAINTS=constraints/lerobot.txt tools/setup.sh $(LEROBOT) lerobot lerobot,dev
 
 clean:  ## remove environments, caches and build output; runs/ stays
-	rm -rf .venv .venv-base310 .venv-base311 .venv-lerobot build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-base310 .venv-base311 .venv-lerobot .venv-reverb .venv-torchrl build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

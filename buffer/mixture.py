@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from fleet.batch import Adaptive
-from fleet.errors import ConfigError, LearnerError
+from fleet.errors import LearnerError
 
 _Side = tuple[int, bool]  # task, whether online
 
@@ -34,21 +34,9 @@ def share_of(online_loss: float, offline_loss: float, adaptive: Adaptive) -> flo
 
 
 class OnlineShare:
-    """Mean losses by task and side, and the share that follows from them.
-
-    Raises:
-        ConfigError: The clip range, the window or alpha is impossible, or a source is on both sides.
-    """
+    """Mean losses by task and side, and the share that follows from them."""
 
     def __init__(self, adaptive: Adaptive) -> None:
-        both = sorted(source.name.lower() for source in set(adaptive.online) & set(adaptive.offline))
-        possible = 0 <= adaptive.low <= adaptive.high <= 1 and adaptive.window >= 1 and 0 <= adaptive.alpha < math.inf
-        if not possible or both:
-            raise ConfigError(
-                f"an adaptive mixture has alpha {adaptive.alpha}, window {adaptive.window}, clip range "
-                f"[{adaptive.low}, {adaptive.high}] and {both or 'no sources'} on both sides",
-                rule="0 <= low <= high <= 1, window >= 1, 0 <= alpha, and each source is on one side at most",
-            )
         self.adaptive = adaptive
         self._losses: dict[_Side, deque[float]] = {}
 

@@ -23,25 +23,15 @@ from collections.abc import Mapping
 import numpy as np
 
 from fleet.batch import Priority
-from fleet.errors import ConfigError, LearnerError
+from fleet.errors import LearnerError
 
 _SMALLEST = 1024
 
 
 class Scores:
-    """Scores by step number. ``num_steps`` says how many steps have one.
-
-    Raises:
-        ConfigError: alpha or beta is negative or not finite.
-    """
+    """Scores by step number. ``num_steps`` says how many steps have one."""
 
     def __init__(self, priority: Priority) -> None:
-        if not (0 <= priority.alpha < np.inf and 0 <= priority.beta < np.inf):
-            raise ConfigError(
-                f"priority has alpha {priority.alpha} and beta {priority.beta}",
-                rule="both are finite and >= 0",
-                remedy="the paper's are 0.6 and 0.4, with beta rising to 1",
-            )
         self.priority = priority
         self._data = np.empty(_SMALLEST, np.float64)  # score ** alpha
         self.num_steps = 0

@@ -85,6 +85,9 @@ class Adaptive:
         alpha: a > 1 favours online data.
         window: Mean losses that are averaged, by task and side.
         low, high: Clip range of the online share; before both sides have a loss it is one half.
+
+    Raises:
+        ConfigError: A value is out of its range, or a source is on both sides.
     """
 
     online: tuple[Source, ...] = (Source.POLICY, Source.OPERATOR)
@@ -100,6 +103,9 @@ class Adaptive:
                 f"a mixture with alpha {self.alpha}, window {self.window}, clip range {self.low} to {self.high}",
                 rule="alpha > 0, window >= 1, 0 <= low <= high <= 1",
             )
+        both = sorted(source.name.lower() for source in set(self.online) & set(self.offline))
+        if both:
+            raise ConfigError(f"a mixture with {both} online and offline", rule="a source is on one side at most")
 
 
 @dataclasses.dataclass(frozen=True)

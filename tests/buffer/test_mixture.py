@@ -102,15 +102,15 @@ def test_what_is_drawn_follows_the_shares(scale):
 
 def test_impossible_settings_and_losses_are_refused():
     for wrong in (
-        Adaptive(low=0.8, high=0.2),
-        Adaptive(high=1.5),
-        Adaptive(window=0),
-        Adaptive(alpha=-1.0),
-        Adaptive(alpha=math.nan),
-        Adaptive(online=(O, D)),
+        {"low": 0.8, "high": 0.2},
+        {"high": 1.5},
+        {"window": 0},
+        {"alpha": -1.0},
+        {"alpha": math.nan},
+        {"online": (O, D)},
     ):
         with pytest.raises(ConfigError, match="mixture"):
-            OnlineShare(wrong)
+            Adaptive(**wrong)
     mixture = OnlineShare(Adaptive())
     with pytest.raises(LearnerError, match="sample 1"):
         mixture.add(np.zeros(2, int), np.array([O, D]), np.array([1.0, np.nan]))

@@ -95,7 +95,7 @@ def test_impossible_scores_are_refused_and_change_nothing():
     assert scores.accept(np.arange(2)).tolist() == [0.5, 1]
     for alpha, beta in [(-0.1, 1), (1, -1), (np.nan, 0.4), (1, np.inf)]:
         with pytest.raises(ConfigError, match="alpha"):
-            Scores(Priority(alpha, beta))
+            Priority(alpha, beta)
 
 
 @given(st.data())

@@ -40,13 +40,14 @@ class Robot:
         return len(self.disk.ops)
 
     def run(self):
-        """Works until the disk kills it."""
+        """Works until the disk kills it, or it has done enough."""
         NotedSpool(self)
         self.episode = self.frame = 0
         for boot in self.spool.boots():
             self.spool.rewind(boot, at(self.acked, self.now).get(boot, 0))
-        while True:
-            self.rng.choice([self._append] * 6 + [self._flush, self._send, self._send])()
+        online = self.rng.random() < 0.6
+        for _ in range(300):  # a full spool that is offline makes no calls at which it could be killed
+            self.rng.choice([self._append] * 6 + [self._flush] + [self._send] * 2 * online)()
 
     def stop(self):
         if hasattr(self.spool, "_lock"):
@@ -206,3 +207,32 @@ def test_power_loss_keeps_what_was_flushed(tmp_path, scale):
             shutil.rmtree(once)
             shutil.rmtree(twice)
         shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.timeout(120)
+def test_power_loss_while_what_an_earlier_start_left_is_dropped(tmp_path, scale):
+    """Its numbers stay: each is whole or a note."""
+    rng, root = random.Random(7), tmp_path / "run"
+    root.mkdir()
+    robot = Robot(RecordedDisk(root), root / "robot" / "spool", rng)
+    for _ in range(2):
+        NotedSpool(robot)
+        robot.spool._max_bytes = 14_000 if robot.items else BIG
+        robot.episode = robot.frame = 0
+        for _ in range(8):
+            robot._append()
+        robot._flush()
+        robot.stop()
+        robot.disk.restart()
+    assert robot.dropped
+    for number in range(60 * scale):
+        cut, once = robot.disk.instant(rng), tmp_path / "once"
+        said = f"{number}: {robot.disk.disk_after(cut, once, rng)}"
+        try:
+            spool = Spool(once / "robot" / "spool", max_bytes=BIG, files=Unsynced())
+            check(robot, spool, cut, tmp_path / "buffer")
+            spool.close()
+        except BaseException as error:
+            error.add_note(said)
+            raise
+        shutil.rmtree(once)

@@ -210,6 +210,20 @@ def test_a_restoration_that_is_killed_is_no_run_and_goes_on(run, tmp_path):
     assert committed(again / "buffer") == committed(run.buffer)
 
 
+class ForgetfulStore(Store):
+    """A place that says it has taken everything."""
+
+    def write(self, path, pieces):
+        super().write(path, (bytes(len(piece)) if path.endswith(".seg") else piece for piece in pieces))
+
+
+def test_what_reads_back_otherwise_is_not_archived(run, tmp_path):
+    store = ForgetfulStore(fs.LocalFileSystem(), str(tmp_path / "archive"))
+    with pytest.raises(ArchiveError, match="reads back otherwise"):
+        archive(run, store)
+    assert load_contents(store) is None
+
+
 def test_wrong_places_are_refused(run, tmp_path):
     store = Store.open(str(tmp_path / "archive"))
     archive(run, store)

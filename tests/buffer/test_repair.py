@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 import signal
 import subprocess
@@ -7,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from buffer.log import Log
-from buffer.manifest import live_segments
+from buffer.manifest import Manifest, Retired, live_segments, load_manifest, store_manifest
 from buffer.repair import repair
 from buffer.retention import Limits, prune
 from buffer.verify import DAMAGED, verify
 from fleet.errors import RunFolderError
+from fleet.files import Files
 from tests.buffer.runs import POLICY, Writer, fill
 from tests.buffer.test_verify import buffer, fragments, kinds, spoil  # noqa: F401
 
@@ -109,3 +111,14 @@ def test_a_log_goes_on_after_a_repair(buffer):  # noqa: F811
     writer.episode("arm-0", "boot0", 9, [POLICY] * 4)
     writer.close()
     assert verify(buffer).faults == []
+
+
+def test_a_manifest_that_says_what_is_not_so_is_corrected(buffer):  # noqa: F811
+    right = load_manifest(buffer)
+    wrong = dataclasses.replace(right.segments[0], num_steps=1)
+    gone = dataclasses.replace(right.segments[1], number=99, file="00000099-0123456789abcdef.seg")
+    retired = Retired(1, "00000001-0123456789abcdef.seg", 10, 1, "age")
+    store_manifest(Files(), buffer, Manifest((wrong, *right.segments[1:], gone), (retired,)))
+    assert len(kinds(buffer)) == 2
+    assert [found.file for found in repair(buffer, dry_run=False)] == ["manifest.json"]
+    assert load_manifest(buffer) == Manifest(right.segments, (retired,))

@@ -47,12 +47,13 @@ def buffer(tmp_path):
 
 
 def test_a_whole_log_has_no_faults_and_everything_is_counted(buffer):
-    append_labels(buffer, [Label("arm-0", "boot0", 0, "excluded", "true", "ann", 1)])
+    for at in (1, 2):
+        append_labels(buffer, [Label("arm-0", "boot0", 0, "excluded", "true", "ann", at)])
     seen = []
     report = verify(buffer, lambda done, total: seen.append((done, total)))
     assert report.faults == []
-    assert (report.steps, report.fragments, report.labels, report.boots) == (72, 25, 1, 3)
-    assert (report.given_up, report.without_sidecar, report.open_segments) == (0, 1, 0)
+    assert (report.steps, report.fragments, report.labels, report.boots) == (72, 26, 2, 3)
+    assert (report.given_up, report.without_sidecar, report.open_segments) == (0, 2, 0)
     assert seen[-1][0] == seen[-1][1] == report.bytes > 0
 
 
@@ -69,7 +70,8 @@ def test_a_flipped_byte_is_named_with_segment_offset_and_fragment(buffer, where)
     name = live_segments(buffer)[1]
     victim = fragments(name)[1]
     spoil(name.path, victim.payload_at + 100 if where == "payload" else victim.at + 50)
-    faults = [fault for fault in verify(buffer).faults if fault.kind != SIDECAR]
+    faults = verify(buffer).faults
+    assert faults.pop([fault.kind for fault in faults].index(SIDECAR)).segment.endswith(name.index_path.name)
     assert (faults[0].kind, faults[0].segment, faults[0].offset) == (DAMAGED, f"{buffer.name}/{name.path.name}", victim.at)
     named = faults[0] if where == "payload" else next(f for f in faults if f.kind == MISSING)
     assert (named.robot_id, named.boot_id, named.seq) == tuple(victim.key[k] for k in ("robot", "boot", "seq"))
@@ -182,3 +184,15 @@ def test_a_state_that_says_less_leaves_a_gap(buffer):
     name = live_segments(buffer)[1]
     store_state(FILES, name, SegmentState(fragments(name)[-1].at, True))
     assert MISSING in kinds(buffer)
+
+
+def test_the_lost_end_of_a_boot_that_sent_nothing_more_is_named(tmp_path):
+    """Only the marks in the header of a later segment know of it."""
+    writer = Writer(tmp_path)
+    writer.episode("arm-0", "a", 0, [POLICY] * 9)
+    writer.episode("arm-1", "b", 0, [POLICY] * 60)
+    writer.close()
+    last = [record for record in fragments(live_segments(tmp_path)[0]) if record.key["robot"] == "arm-0"][-1]
+    store_state(FILES, live_segments(tmp_path)[0], SegmentState(last.at, True))
+    lost = [(fault.kind, fault.robot_id, fault.seq) for fault in verify(tmp_path).faults]
+    assert (MISSING, "arm-0", last.key["seq"]) in lost

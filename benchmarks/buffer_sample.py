@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.buffer_data import fill_log, make_frames
-from benchmarks.buffer_limits import gather_per_s
+from benchmarks.buffer_limits import GATHERS, gather_per_s
 from benchmarks.buffer_process import ENV, ROOT, Child
 from benchmarks.buffer_report import Peers, measured, median, missing, say
 from benchmarks.results import Row
@@ -58,7 +58,8 @@ def run(folder: Path, peers: Peers, *, repeats: int, steps: int = STEPS, batches
         say(f"sample, {name}: {rate:.1f} batches/s, {cpu_ms:.1f} CPU-ms")
 
     for _ in range(repeats):
-        note("numpy gather from memory", *gather_per_s(steps, batches))
+        for how in GATHERS:
+            note(f"numpy gather from memory, {how}", *gather_per_s(how, steps, batches))
         _, warm = sample_in_child(raw, warm=batches // 2, batches=batches)
         note("warm", warm["batches_per_s"], warm["cpu_ms"])
         drop_from_page_cache(raw)
@@ -90,14 +91,17 @@ def _peer_rates(folder: Path, peers: Peers, steps: int, batches: int) -> list[tu
 
 def _rows(found: dict[str, list[tuple[float, float]]], read_mb: Sequence[float], peers: Peers) -> list[Row]:
     rows = []
-    gathered = median([rate for rate, _ in found["numpy gather from memory"]])
+    gathered = max(median([rate for rate, _ in values]) for name, values in found.items() if name.startswith("numpy"))
     reverb = [median([rate for rate, _ in values]) for name, values in found.items() if name.startswith("Reverb")]
     for name, values in found.items():
         rate = measured(f"sample, {name}", [r for r, _ in values], "batches/s", 1)
         cpu = measured(f"sample, {name}: CPU", [c for _, c in values], "ms/batch", 1)
         assert rate.value is not None
         if name == "warm":
-            rate.limit, rate.target = f"numpy gather {gathered:.1f}/s", f">= {TARGET_PER_S} and >= {gathered:.1f}: numpy gather"
+            rate.limit, rate.target = (
+                f"numpy gather {gathered:.1f}/s",
+                f">= {TARGET_PER_S} and >= {gathered:.1f}: numpy's fastest gather",
+            )
             rate.met = rate.value >= TARGET_PER_S and rate.value >= gathered
             rate.peer, rate.peer_value = "Reverb, its best", round(max(reverb), 1) if reverb else None
         if name == "cold":

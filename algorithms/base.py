@@ -22,18 +22,30 @@ from fleet.batch import BatchNeeds
 
 @dataclasses.dataclass
 class Batch:
-    """Windows of steps.
+    """``fleet.batch.Windows`` on the device: the same fields with the same meaning, each array as a tensor of its dtype.
 
-    obs: feature and condition name -> (B, ...). actions_BHA: executed actions. mask_BH: 1 where the action belongs
-    to the window (same episode, same group of sources, no takeover in between). source_B: fleet.robot.Source.
-    task_B: index into the task catalogue.
+    Added to ``obs``, and to ``obs_at`` of every offset: conditions by name (the task's instruction embedding).
     """
 
     obs: dict[str, Tensor]
+    obs_at: dict[int, dict[str, Tensor]]
+    inside_at: dict[int, Tensor]
     actions_BHA: Tensor
+    rewards_BH: Tensor
+    terminated_BH: Tensor
+    truncated_BH: Tensor
     mask_BH: Tensor
     source_B: Tensor
     task_B: Tensor
+    version_B: Tensor
+    step_B: Tensor
+    episode_B: Tensor
+    frame_B: Tensor
+    steps_to_go_B: Tensor
+    outcome_B: Tensor
+    return_B: Tensor
+    weight_B: Tensor
+    replay: dict[str, Tensor]
 
 
 @dataclasses.dataclass

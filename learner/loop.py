@@ -275,13 +275,18 @@ class Loop:
             torch.cuda.manual_seed(seed)
 
     def _to_batch(self, windows: Windows) -> Batch:
-        upload = self._upload
-        obs = {name: upload(value) for name, value in windows.obs.items()}
-        task_B = upload(windows.task_B).long()
-        obs[INSTRUCTION] = self._instructions_KE[task_B]
-        batch = Batch(obs, upload(windows.actions_BHA), upload(windows.mask_BH), upload(windows.source_B), task_B)
-        upload.end()
+        """Every field of the windows, and the instruction of each one's task."""
+        batch = Batch(**{field.name: self._uploaded(getattr(windows, field.name)) for field in dataclasses.fields(Batch)})
+        instruction_BE = self._instructions_KE[batch.task_B]
+        for obs in (batch.obs, *batch.obs_at.values()):
+            obs[INSTRUCTION] = instruction_BE
+        self._upload.end()
         return batch
+
+    def _uploaded(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self._uploaded(inner) for key, inner in value.items()}
+        return self._upload(value)
 
     def _keep_up(self) -> None:
         """What is due between two updates."""

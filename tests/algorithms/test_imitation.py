@@ -3,7 +3,6 @@ import copy
 import pytest
 import torch
 
-from algorithms.base import Batch
 from algorithms.bc import Bc, BcConfig
 from algorithms.ema import Ema
 from algorithms.hg_dagger import HgDagger, HgDaggerConfig
@@ -12,6 +11,7 @@ from algorithms.policies.registry import build
 from fleet.errors import ConfigError
 from fleet.robot import Source
 from fleet.spec import STATE
+from tests.batches import make_batch
 
 B, H, A = 16, 4, 2
 
@@ -27,7 +27,7 @@ def _batch(seed=0, batch=B):
     mask[:, 0] = True
     source = torch.where(torch.arange(batch) % 2 == 0, int(Source.DEMO), int(Source.OPERATOR))
     obs = {STATE: torch.randn(batch, 6, generator=g), INSTRUCTION: torch.randn(batch, 3, generator=g)}
-    return Batch(obs, torch.randn(batch, H, A, generator=g), mask, source, torch.zeros(batch, dtype=torch.long))
+    return make_batch(obs, torch.randn(batch, H, A, generator=g), mask_BH=mask, source_B=source)
 
 
 def _gradient(algorithm, policy, batch):
@@ -89,7 +89,7 @@ def test_micro_batches_add_up_to_the_whole():
     parts = []
     for half in (slice(0, 5), slice(5, B)):
         obs = {name: value[half] for name, value in batch.obs.items()}
-        micro = Batch(obs, batch.actions_BHA[half], batch.mask_BH[half], batch.source_B[half], batch.task_B[half])
+        micro = make_batch(obs, batch.actions_BHA[half], mask_BH=batch.mask_BH[half], source_B=batch.source_B[half])
         parts.append(algorithm.loss("policy", micro))
     torch.testing.assert_close(sum(p.sum for p in parts), whole.sum)
     torch.testing.assert_close(sum(p.weight for p in parts), whole.weight)

@@ -5,23 +5,18 @@ import pytest
 import torch
 from torch import nn
 
-from algorithms.base import Batch
 from fleet.errors import LearnerError
 from learner.engine import TorchEngine, micro_batches
+from tests.batches import make_batch
 from tests.learner_toys import ACTION_DIM, STATE_DIM, LinearPolicy, Pair, PairConfig
 
 CPU = torch.device("cpu")
 
 
-def make_batch(size=10, seed=0):
+def pair_batch(size=10, seed=0):
     rng = np.random.default_rng(seed)
-    return Batch(
-        {"observation.state": torch.as_tensor(rng.normal(size=(size, STATE_DIM)), dtype=torch.float32)},
-        torch.as_tensor(rng.normal(size=(size, 4, ACTION_DIM)), dtype=torch.float32),
-        torch.ones(size, 4, dtype=torch.bool),
-        torch.zeros(size),
-        torch.zeros(size, dtype=torch.long),
-    )
+    obs = {"observation.state": torch.as_tensor(rng.normal(size=(size, STATE_DIM)), dtype=torch.float32)}
+    return make_batch(obs, torch.as_tensor(rng.normal(size=(size, 4, ACTION_DIM)), dtype=torch.float32))
 
 
 def make_pair(seed=0, **config):
@@ -42,12 +37,12 @@ def test_one_part_changes_at_a_time():
     algorithm = make_pair()
     engine = TorchEngine(algorithm, device=CPU)
     before = copies(algorithm)
-    engine.update("policy", algorithm.loss, make_batch())
+    engine.update("policy", algorithm.loss, pair_batch())
     after = copies(algorithm)
     assert equal(before["critic"], after["critic"]) and not equal(before["policy"], after["policy"])
     # The policy's loss goes through the critic: nothing of it may be left there when the critic's turn comes.
     assert all(p.grad is None for p in algorithm.critic.parameters())
-    engine.update("critic", algorithm.loss, make_batch())
+    engine.update("critic", algorithm.loss, pair_batch())
     assert equal(after["policy"], copies(algorithm)["policy"]) and not equal(after["critic"], copies(algorithm)["critic"])
     assert all(p.requires_grad for p in algorithm.critic.parameters())
     assert not any(p.requires_grad for p in algorithm.frozen["reference"].parameters())
@@ -58,7 +53,7 @@ def test_micro_batches_give_the_update_of_the_whole(size):
     whole, cut = make_pair(), make_pair()
     engines = TorchEngine(whole, device=CPU), TorchEngine(cut, device=CPU, micro_batch=size)
     for part in ("policy", "critic"):
-        numbers = engines[0].update(part, whole.loss, make_batch()), engines[1].update(part, cut.loss, make_batch())
+        numbers = engines[0].update(part, whole.loss, pair_batch()), engines[1].update(part, cut.loss, pair_batch())
         assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-6)
     for name, module in whole.parts.items():
         for first, second in zip(module.module.parameters(), cut.parts[name].module.parameters(), strict=True):
@@ -66,7 +61,7 @@ def test_micro_batches_give_the_update_of_the_whole(size):
 
 
 def test_micro_batches_cover_every_sample_once():
-    batch = make_batch(10)
+    batch = pair_batch(10)
     parts = list(micro_batches(batch, 4))
     assert [len(micro.actions_BHA) for micro, _ in parts] == [4, 4, 2]
     assert sum(share for _, share in parts) == pytest.approx(1)
@@ -78,9 +73,9 @@ def test_the_update_is_that_of_plain_torch():
     engine = TorchEngine(algorithm, device=CPU, max_grad_norm=0.05)
     optimizer = torch.optim.SGD(plain.policy.parameters(), lr=0.1, momentum=0.9)
     for seed in range(3):
-        numbers = engine.update("policy", algorithm.loss, make_batch(seed=seed))
+        numbers = engine.update("policy", algorithm.loss, pair_batch(seed=seed))
         optimizer.zero_grad()
-        out = plain.loss("policy", make_batch(seed=seed))
+        out = plain.loss("policy", pair_batch(seed=seed))
         (out.sum / out.weight).backward()
         norm = nn.utils.clip_grad_norm_(plain.policy.parameters(), 0.05)
         optimizer.step()
@@ -94,9 +89,9 @@ def test_the_update_is_that_of_plain_torch():
 def test_a_loss_that_is_not_finite_changes_nothing(bad):
     algorithm = make_pair()
     engine = TorchEngine(algorithm, device=CPU)
-    engine.update("policy", algorithm.loss, make_batch())
+    engine.update("policy", algorithm.loss, pair_batch())
     before, optimizer = copies(algorithm), copy.deepcopy(engine.state())
-    batch = make_batch()
+    batch = pair_batch()
     batch.obs["observation.state"][3, 0] = bad
     with pytest.raises(LearnerError, match="policy"):
         engine.update("policy", algorithm.loss, batch)
@@ -104,7 +99,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(bad):
     after = engine.state()["policy"]["state"]
     for name, entries in optimizer["policy"]["state"].items():
         assert all(torch.equal(value, after[name][key]) for key, value in entries.items() if isinstance(value, torch.Tensor))
-    engine.update("policy", algorithm.loss, make_batch())  # and it can go on
+    engine.update("policy", algorithm.loss, pair_batch())  # and it can go on
 
 
 def test_a_batch_without_weight_is_passed_over():
@@ -117,22 +112,22 @@ def test_a_batch_without_weight_is_passed_over():
         out.sum, out.weight = out.sum * 0, torch.zeros(())
         return out
 
-    assert engine.update("policy", nothing, make_batch())["weight"] == 0
+    assert engine.update("policy", nothing, pair_batch())["weight"] == 0
     assert equal(before["policy"], copies(algorithm)["policy"])
 
 
 def test_optimizer_state_is_kept_by_name():
     first, second = make_pair(), make_pair(learning_rate=0.3)
     engines = TorchEngine(first, device=CPU), TorchEngine(second, device=CPU)
-    engines[0].update("policy", first.loss, make_batch())
+    engines[0].update("policy", first.loss, pair_batch())
     state = engines[0].state()
     assert set(state["policy"]["state"]) == {"linear.weight", "linear.bias"}
     engines[1].load_state(copy.deepcopy(state))
     for name, part in second.parts.items():
         part.module.load_state_dict(first.parts[name].module.state_dict())
     for seed in (1, 2):
-        engines[0].update("policy", first.loss, make_batch(seed=seed))
-        engines[1].update("policy", second.loss, make_batch(seed=seed))
+        engines[0].update("policy", first.loss, pair_batch(seed=seed))
+        engines[1].update("policy", second.loss, pair_batch(seed=seed))
     assert equal(copies(first)["policy"], copies(second)["policy"])
 
 

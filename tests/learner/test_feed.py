@@ -1,21 +1,27 @@
 """From the log to tensors: no copy in between on the CPU, and prefetching changes nothing but the time."""
 
+import copy
+import dataclasses
 import threading
 
 import numpy as np
 import pytest
 import torch
 
+from algorithms.base import Batch
+from algorithms.bc import Bc
+from algorithms.policies.base import INSTRUCTION
 from buffer.prefetch import Prefetcher
 from buffer.sampler import Sampler
-from fleet.batch import BatchNeeds
+from fleet.batch import BatchNeeds, Priority, Windows
 from fleet.errors import LearnerError
+from fleet.journal import Journal
 from fleet.robot import Source
 from learner.checkpoint import Checkpoints
 from learner.feed import Upload, allocator
-from learner.train import train
+from learner.train import make_loop, train
 from tests.learner.test_train import fill, run_train
-from tests.learner_toys import make_run, make_tables
+from tests.learner_toys import INSTRUCTIONS_KE, make_run, make_tables
 
 CPU = torch.device("cpu")
 
@@ -99,3 +105,71 @@ def test_a_gpu_fetches_from_page_locked_arrays():
     upload.wait()
     array[:] = 255
     assert int(tensor.max()) == 49
+
+
+class Watching(Bc):
+    """Behaviour cloning that looks ahead, draws by score, and keeps what it is given."""
+
+    name = "watching"
+
+    def __init__(self, policy, config):
+        super().__init__(policy, config)
+        self.needs = dataclasses.replace(
+            self.needs, offsets=(-1, 0, 4), priority=Priority(), replay=("log_prob_T",), discount=0.9, by_task=False
+        )
+        self.batches, self.micros = [], []
+
+    def prepare(self, batch):
+        self.batches.append(copy.deepcopy(batch))
+        return batch
+
+    def loss(self, part, micro):
+        self.micros.append(micro)
+        return super().loss(part, micro)
+
+
+def test_an_algorithm_gets_every_field_of_its_windows(tmp_path):
+    run = make_run(tmp_path / "run")
+    fill(run)
+    tables = make_tables(steps=6, start_steps=0, prefetch_depth=1, micro_batch=5)
+    tables["algorithm"] = dataclasses.replace(
+        tables["algorithm"], name=f"{__name__}:Watching", config={"batch_size": 16, "seed": 3}
+    )
+    sampler, windows = Sampler(run.buffer, ["left", "right"], 0), []
+    sampler.poll()
+
+    class Watched(Prefetcher):
+        def batch(self, *arguments):
+            windows.append(super().batch(*arguments))
+            return windows[-1]
+
+    journal = Journal(run.logs / "learner.jsonl")
+    source = Watched(sampler, depth=1)
+    loop = make_loop(run, tables, sampler, sampler.specs, INSTRUCTIONS_KE, journal, lambda progress: None, feed=source)
+    try:
+        loop.run(lambda: False)
+    finally:
+        source.close()
+        sampler.close()
+    algorithm = loop._algorithm
+    assert len(algorithm.batches) == len(windows) == 6
+    assert [f.name for f in dataclasses.fields(Batch)] == [f.name for f in dataclasses.fields(Windows)]
+    for batch, want in zip(algorithm.batches, windows, strict=True):
+        instruction = INSTRUCTIONS_KE[torch.as_tensor(want.task_B)]
+        for obs in (batch.obs, batch.obs_at[-1], batch.obs_at[4]):
+            assert torch.equal(obs.pop(INSTRUCTION), instruction)
+        for field in dataclasses.fields(Batch):
+            assert_equal(getattr(batch, field.name), getattr(want, field.name), field.name)
+    assert any((batch.weight_B < 1).any() for batch in algorithm.batches)  # scores came back, and weights correct for them
+    assert [len(micro.weight_B) for micro in algorithm.micros[:4]] == [5, 5, 5, 1]
+    assert all(len(micro.obs_at[4]["observation.state"]) == len(micro.inside_at[4]) for micro in algorithm.micros)
+
+
+def assert_equal(tensors, arrays, name):
+    if isinstance(arrays, dict):
+        assert set(tensors) == set(arrays)
+        for key, value in arrays.items():
+            assert_equal(tensors[key], value, f"{name}/{key}")
+    else:
+        np.testing.assert_array_equal(tensors.numpy(), arrays, err_msg=name)
+        assert tensors.numpy().dtype == arrays.dtype

@@ -1,0 +1,27 @@
+"""Batches of which a test says only what matters to it."""
+
+import numpy as np
+import torch
+
+from algorithms.base import Batch
+
+
+def make_batch(obs, actions_BHA, *, mask_BH=None, **fields):
+    """A batch in which nothing is masked, rewarded, ended or known of the episode, except for what ``fields`` say."""
+    shape = actions_BHA.shape[:2]
+    missing = torch.full(shape[:1], -1)
+    given = {
+        "obs_at": {},
+        "inside_at": {},
+        "rewards_BH": torch.zeros(shape),
+        "terminated_BH": torch.zeros(shape, dtype=torch.bool),
+        "truncated_BH": torch.zeros(shape, dtype=torch.bool),
+        "mask_BH": torch.ones(shape, dtype=torch.bool) if mask_BH is None else mask_BH,
+        "source_B": torch.zeros(shape[0], dtype=torch.uint8),
+        "task_B": torch.zeros(shape[0], dtype=torch.long),
+        "return_B": torch.full(shape[:1], np.nan),
+        "weight_B": torch.ones(shape[0]),
+        "replay": {},
+    }
+    unknown = ("version_B", "step_B", "episode_B", "frame_B", "steps_to_go_B", "outcome_B")
+    return Batch(obs=obs, actions_BHA=actions_BHA, **{**given, **dict.fromkeys(unknown, missing), **fields})

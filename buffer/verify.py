@@ -125,7 +125,7 @@ class _LogCheck:
         self._whole: set[int] = set()  # numbers of segments that retention did not touch
         self._damaged: dict[int, str] = {}  # segments with something that cannot be read, by number
         self._marks: dict[BootKey, int] = {}
-        self._newest = 0
+        self._header = self._newest = 0  # numbers: of the last segment with an intact header, of the last one
 
     def run(self) -> None:
         manifest = self._manifest()
@@ -138,7 +138,7 @@ class _LogCheck:
                 if name in live_segments(self._folder):
                     raise  # else retention took it away since the listing
         for boot, seq in self._marks.items():
-            self._missing_before(boot, seq + 1, self._newest + 1)
+            self._missing_before(boot, seq + 1, self._newest)
         self._report.boots += len(self._last)
         self._judge_gaps()
 
@@ -192,8 +192,9 @@ class _LogCheck:
             if header.generation == 0:
                 self._whole.add(name.number)
             for boot, mark in header.marks.items():
-                self._missing_before(boot, mark.seq + 1, name.number)
+                self._missing_before(boot, mark.seq + 1, name.number - 1)
                 self._marks[boot] = mark.seq
+            self._header = name.number
         self._newest = name.number
         if segment is not None:
             self._records(name, state, segment)
@@ -294,11 +295,15 @@ class _LogCheck:
             self._fault(MANIFEST_FAULT, f"its entry of {name.path.name} is not what the segment says", segment=MANIFEST)
 
     def _missing_before(self, boot: BootKey, seq: int, segment: int) -> None:
-        """Notes a gap where something lies between the last fragment of a boot and this one."""
-        last, after = self._last.get(boot, (0, 0))
+        """Notes a gap where something lies between the last fragment of a boot and this one.
+
+        Args:
+            segment: Number of the last segment in which it may have been.
+        """
+        last, after = self._last.get(boot, (0, self._header))  # one that no header knew began after that
         if seq > last + 1:
-            self._gaps.append(_Gap(boot, last + 1, seq - 1, after, segment))
-            self._last[boot] = (seq - 1, segment)
+            self._gaps.append(_Gap(boot, last + 1, seq - 1, after, max(after, segment)))
+            self._last[boot] = (seq - 1, max(after, segment))
             self._states.pop(boot, None)
 
     def _judge_gaps(self) -> None:
@@ -306,7 +311,7 @@ class _LogCheck:
             between = range(max(gap.after, 1), gap.before + 1)
             damaged = [self._damaged[number] for number in between if number in self._damaged]
             count = gap.last_seq - gap.first_seq + 1
-            if any(number not in self._whole and number <= self._newest for number in between):
+            if any(number not in self._whole for number in between):
                 self._report.given_up += count
                 continue
             why = f"; there is damage in {', '.join(damaged)}" if damaged else ""

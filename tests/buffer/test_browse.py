@@ -135,3 +135,8 @@ def test_frames_are_spread_evenly_and_show_who_takes_over(tmp_path):
     assert abs(int(frames[3].images["observation.images.top"].mean()) - 65) <= 2
     assert read_frames(tmp_path, episode, 1, images=False)[0].images == {}
     assert len(read_frames(tmp_path, episode, 1000)) == 101
+
+
+def test_the_number_of_an_episode_is_not_cut_short(tmp_path):
+    fill(tmp_path, robots=1, episodes=12)
+    assert find_episodes(read_episodes(tmp_path), ["arm-0/1"])[0].key[2] == 1

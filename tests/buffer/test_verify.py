@@ -193,6 +193,23 @@ def test_the_lost_end_of_a_boot_that_sent_nothing_more_is_named(tmp_path):
     writer.episode("arm-1", "b", 0, [POLICY] * 60)
     writer.close()
     last = [record for record in fragments(live_segments(tmp_path)[0]) if record.key["robot"] == "arm-0"][-1]
-    store_state(FILES, live_segments(tmp_path)[0], SegmentState(last.at, True))
+    names = live_segments(tmp_path)
+    store_state(FILES, names[0], SegmentState(last.at, True))
+    names[2].path.unlink()  # as retention does it: nothing of what is lost was in there
     lost = [(fault.kind, fault.robot_id, fault.seq) for fault in verify(tmp_path).faults]
     assert (MISSING, "arm-0", last.key["seq"]) in lost
+
+
+def test_a_boot_that_began_after_retention_took_something_away_lost_nothing_by_it(tmp_path):
+    writer = Writer(tmp_path)
+    writer.episode("arm-0", "a", 0, [POLICY] * 60)
+    writer.episode("arm-1", "b", 0, [POLICY] * 9)
+    writer.close()
+    names = live_segments(tmp_path)
+    names[0].path.unlink()  # as retention does it
+    name, first = next((n, r) for n in names[1:] for r in fragments(n) if r.key["robot"] == "arm-1")
+    spoil(name.path, first.at + 50)
+    report = verify(tmp_path)
+    assert [fault.kind for fault in report.faults] == [DAMAGED, MISSING]
+    assert (report.faults[1].robot_id, report.faults[1].seq) == ("arm-1", 1)
+    assert report.given_up > 0

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from buffer.manifest import live_segments
+from fleet.identity import create_run_keys
+from fleet.runfolder import RunFolder
 from tests.buffer.fragments import make_spec
 from tests.buffer.runs import DEMO, POLICY, Writer, fill, make_run
 from tests.buffer.test_verify import fragments, spoil
@@ -200,3 +202,20 @@ def test_beside_a_gateway_and_a_robot_at_work(shard):  # noqa: F811
         actor.send_signal(signal.SIGINT)
         actor.wait(30)
     assert fleet_data("verify", path)[0] == 0
+
+
+@pytest.mark.timeout(120)
+def test_a_restored_run_is_served_and_goes_on(shard, tmp_path):  # noqa: F811
+    shard.start().join("teacher", TEACH, "actor.num_episodes=2").communicate(timeout=60)
+    shard.gateway.send_signal(signal.SIGTERM)
+    assert shard.gateway.wait(15) == 0
+    before = ask("stats", shard.run.path)["total"]
+    assert before["episodes"] == 2
+    assert fleet_data("archive", shard.run.path, tmp_path / "archive")[0] == 0
+    assert fleet_data("restore", tmp_path / "archive", tmp_path / "again")[0] == 0
+    shard.run = RunFolder.open(tmp_path / "again")
+    create_run_keys(shard.run.keys)  # as `fleet up --resume` does
+    shard.start().join("teacher", TEACH, "actor.num_episodes=1").communicate(timeout=60)
+    after = ask("stats", shard.run.path)["total"]
+    assert after["episodes"] == 3 and after["steps"] > before["steps"]
+    assert fleet_data("verify", shard.run.path)[0] == 0

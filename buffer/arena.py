@@ -16,7 +16,6 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -144,31 +143,34 @@ class Residency:
             arena.forget()
 
 
-def take(
-    arenas: tuple[Arena, ...], arena_N: np.ndarray, at_N: np.ndarray, dtype: np.dtype[Any], out: np.ndarray, fits: bool
-) -> int:
-    """Reads rows of ``dtype`` from byte offsets in their arenas into ``out`` (N, size), C contiguous.
+def copy_rows(
+    arenas: tuple[Arena, ...], arena_N: np.ndarray, at_N: np.ndarray, out: np.ndarray, fits: bool, first: int, end: int
+) -> None:
+    """Copies large rows ``first`` to ``end`` from byte offsets in their arenas into ``out`` (N, size), C contiguous.
 
     Args:
-        fits: Large rows are read through the maps too.
-
-    Returns:
-        How many more bytes are resident.
+        fits: Through the maps.
 
     Raises:
         StorageError: The disk cannot be read.
     """
-    size, num_rows, resident = out.shape[1], len(out), 0
-    row_bytes = size * dtype.itemsize
-    if row_bytes >= LARGE_ROW:
-        view = out.reshape(-1).view(np.uint8).data
-        for arena, members in _by_arena(arena_N):
-            arenas[arena].read_rows(at_N[members].tolist(), view, members.tolist(), row_bytes, fits)
-        return 0
-    items, within = at_N // dtype.itemsize, np.arange(size)
+    view, row_bytes = out.reshape(-1).view(np.uint8).data, out.shape[1] * out.itemsize
+    for arena, members in _by_arena(arena_N[first:end]):
+        rows = members + first
+        arenas[arena].read_rows(at_N[rows].tolist(), view, rows.tolist(), row_bytes, fits)
+
+
+def take(arenas: tuple[Arena, ...], arena_N: np.ndarray, at_N: np.ndarray, out: np.ndarray) -> int:
+    """Reads small rows from byte offsets in their arenas into ``out`` (N, size), C contiguous, through the maps.
+
+    Returns:
+        How many more bytes are resident.
+    """
+    num_rows, size = out.shape
+    items, within, resident = at_N // out.itemsize, np.arange(size), 0
     for arena, members in _by_arena(arena_N):
         data = arenas[arena].bytes
-        values = data[: len(data) - len(data) % dtype.itemsize].view(dtype)
+        values = data[: len(data) - len(data) % out.itemsize].view(out.dtype)
         if len(members) == num_rows:
             np.take(values, items[:, None] + within, out=out, mode="clip")
         else:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from buffer.arena import Arena, Residency, take
+from buffer.arena import LARGE_ROW, Arena, Residency, copy_rows, take
+from buffer.team import Task, Team
 from fleet.batch import BatchNeeds, Windows
 from fleet.errors import ImageError, StorageError
 from fleet.images import decode
@@ -79,7 +81,9 @@ class Draw:
     chunks_N: np.ndarray
 
 
-def gather(draw: Draw, out: Allocate, cache: ImageCache | None, residency: Residency) -> tuple[Windows, dict[int, str]]:
+def gather(
+    draw: Draw, out: Allocate, cache: ImageCache | None, residency: Residency, team: Team
+) -> tuple[Windows, dict[int, str]]:
     """Reads what a draw names.
 
     Returns:
@@ -88,7 +92,7 @@ def gather(draw: Draw, out: Allocate, cache: ImageCache | None, residency: Resid
     Raises:
         StorageError: The disk cannot be read.
     """
-    reader = _Reader(draw.arenas, out, cache, residency, {})
+    reader = _Reader(draw.arenas, out, cache, residency, [], {})
     windows = Windows(
         obs={name: reader.read(name, read) for name, read in draw.obs.items()},
         obs_at={
@@ -99,15 +103,19 @@ def gather(draw: Draw, out: Allocate, cache: ImageCache | None, residency: Resid
         replay=_replay(draw) if draw.needs.replay else {},
         **draw.facts,
     )
+    team.share(reader.images)
     return windows, reader.undecodable
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
+    """Reads small rows at once; of images it notes what is to be done, so that a team shares all of a batch's."""
+
     arenas: tuple[Arena, ...]
     allocate: Allocate
     cache: ImageCache | None
     residency: Residency
+    images: list[Task]
     undecodable: dict[int, str]
 
     def read(self, name: str, read: Read) -> np.ndarray:
@@ -119,12 +127,13 @@ class _Reader:
         if read.offsets_at_N is None:
             stored = np.dtype(np.uint8) if feature.dtype == "bool" else feature.np_dtype
             flat = rows.reshape(len(rows), feature.size).view(stored)
-            resident = take(self.arenas, read.arena_N, read.at_N, stored, flat, self.residency.fits)
-            self.residency.touched(resident, self.arenas)
+            if feature.size * stored.itemsize >= LARGE_ROW:
+                copy = partial(copy_rows, self.arenas, read.arena_N, read.at_N, flat, self.residency.fits)
+                self.images.append((len(rows), copy))
+            else:
+                self.residency.touched(take(self.arenas, read.arena_N, read.at_N, flat), self.arenas)
         elif self.cache is None:
-            decode_row = self._decoder(read)
-            for i in range(len(rows)):
-                decode_row(i, rows[i])
+            self.images.append((len(rows), partial(_decode_rows, self._decoder(read), rows)))
         else:
             self.cache.rows(read.column, read.steps_N, rows, self._decoder(read))
         return array
@@ -132,8 +141,7 @@ class _Reader:
     def _decoder(self, read: Read) -> Callable[[int, np.ndarray], bool]:
         assert read.offsets_at_N is not None
         pair_N2 = np.empty((len(read.steps_N), 2), np.int32)
-        resident = take(self.arenas, read.arena_N, read.offsets_at_N, pair_N2.dtype, pair_N2, self.residency.fits)
-        self.residency.touched(resident, self.arenas)
+        self.residency.touched(take(self.arenas, read.arena_N, read.offsets_at_N, pair_N2), self.arenas)
         starts = read.at_N[:, None] + pair_N2
 
         def decode_row(i: int, row: np.ndarray) -> bool:
@@ -147,6 +155,11 @@ class _Reader:
             return True
 
         return decode_row
+
+
+def _decode_rows(decode_row: Callable[[int, np.ndarray], bool], rows: np.ndarray, first: int, end: int) -> None:
+    for i in range(first, end):
+        decode_row(i, rows[i])
 
 
 def _replay(draw: Draw) -> dict[str, np.ndarray]:

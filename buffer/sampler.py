@@ -38,6 +38,7 @@ from buffer.ingest import latencies_ms
 from buffer.log import load_spec
 from buffer.parts import IndexPart, PartBuilder
 from buffer.reader import LogReader, LogRecord, SegmentMap
+from buffer.team import Team
 from buffer.undecodable import Undecodable
 from buffer.windows import WindowMaker
 from fleet.batch import BatchNeeds, Windows
@@ -60,6 +61,7 @@ class Sampler:
         journal: Where ``sampleable`` lines go.
         cache: Decoded images; None: each image is decoded whenever it is drawn.
         mapped_bytes: Bound of what mapped segments make resident. A larger log makes at most 256 MB of it so.
+        threads: That copy or decode the images of one batch.
 
     Attributes:
         index: What is known of all steps; ``index.episodes`` of all episodes.
@@ -76,6 +78,7 @@ class Sampler:
         *,
         cache: ImageCache | None = None,
         mapped_bytes: int = MAPPED_BYTES,
+        threads: int = 2,
     ) -> None:
         allow_many_files()
         self._folder, self._seed, self._journal, self._cache = folder, seed, journal, cache
@@ -83,7 +86,7 @@ class Sampler:
         self._labels = LogReader(folder / "labels")
         self.index = StepIndex(task_names)
         self._maker, self._feedback = WindowMaker(self.index), Feedback()
-        self._residency = Residency(mapped_bytes)
+        self._residency, self._team = Residency(mapped_bytes), Team(threads)
         self._arenas: tuple[Arena, ...] = ()
         self._segments: dict[int, _Taken] = {}
         self._replaced: set[int] = set()
@@ -208,7 +211,7 @@ class Sampler:
             StorageError: The disk cannot be read, or more than a few images of the batch cannot be decoded.
         """
         allocate = out or (lambda _, shape, dtype: np.empty(shape, dtype))
-        windows, bad = gather(draw, allocate, self._cache, self._residency)
+        windows, bad = gather(draw, allocate, self._cache, self._residency, self._team)
         if bad:
             self.undecodable.leave_out(windows, bad)
         return windows
@@ -223,6 +226,7 @@ class Sampler:
     def close(self) -> None:
         self._reader.close()
         self._labels.close()
+        self._team.close()
 
     def _take_records(self, records: Sequence[LogRecord], *, say: bool) -> None:
         for _, of_segment in itertools.groupby(records, key=lambda record: record.segment.number):

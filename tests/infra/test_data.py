@@ -12,6 +12,7 @@ import pytest
 from buffer.manifest import live_segments
 from fleet.identity import create_run_keys
 from fleet.runfolder import RunFolder
+from fleet.server.registry import RegistryServer
 from tests.buffer.fragments import make_spec
 from tests.buffer.runs import DEMO, POLICY, Writer, fill, make_run
 from tests.buffer.test_verify import fragments, spoil
@@ -215,6 +216,8 @@ def test_a_restored_run_is_served_and_goes_on(shard, tmp_path):  # noqa: F811
     assert fleet_data("restore", tmp_path / "archive", tmp_path / "again")[0] == 0
     shard.run = RunFolder.open(tmp_path / "again")
     create_run_keys(shard.run.keys)  # as `fleet up --resume` does
+    shard.registry.stop()
+    shard.registry = RegistryServer(shard.run.registry)
     shard.start().join("teacher", TEACH, "actor.num_episodes=1").communicate(timeout=60)
     after = ask("stats", shard.run.path)["total"]
     assert after["episodes"] == 3 and after["steps"] > before["steps"]

@@ -7,6 +7,7 @@ segment is missing or was kept in part. All else that is missing is named. Read-
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from fleet.spec import RobotSpec
 DAMAGED, HEADER, REFUSED, SPEC = "damaged", "header", "refused", "spec"
 DOUBLED, MISSING, ORDER = "doubled", "missing", "order"
 STATE, MANIFEST_FAULT, SIDECAR = "state", "manifest", "sidecar"
+_MAKING_S = 0.5
 REPAIRABLE = (STATE, MANIFEST_FAULT, SIDECAR)
 
 
@@ -170,9 +172,10 @@ class _LogCheck:
     def _segment(self, name: SegmentName, manifest: Manifest, *, is_last: bool) -> None:
         state, segment = read_state_file(name.state_path), map_segment(name)
         entry = next((entry for entry in manifest.segments if entry.file == name.path.name), None)
+        if state is None and is_last:
+            time.sleep(_MAKING_S)  # a gateway may be just making it
+            state = read_state_file(name.state_path)
         if state is None:
-            if is_last and not name.state_path.exists():
-                return  # a gateway is just making it
             self._fault(STATE, "its state is lost: readers do not see what it holds", segment=name.path.name)
             if entry is None:
                 return

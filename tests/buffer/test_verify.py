@@ -213,3 +213,9 @@ def test_a_boot_that_began_after_retention_took_something_away_lost_nothing_by_i
     assert [fault.kind for fault in report.faults] == [DAMAGED, MISSING]
     assert (report.faults[1].robot_id, report.faults[1].seq) == ("arm-1", 1)
     assert report.given_up > 0
+
+
+def test_the_lost_state_of_the_last_segment_is_named_too(tmp_path):
+    fill(tmp_path)
+    live_segments(tmp_path)[-1].state_path.unlink()
+    assert kinds(tmp_path) == [STATE]

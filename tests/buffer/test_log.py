@@ -137,6 +137,22 @@ def test_a_lost_state_file_is_rebuilt_from_the_segment(tmp_path):
     assert len(log.recovered) == 1 and log.recovered[0].num_fragments == 4
 
 
+def test_a_reader_goes_on_when_a_lost_state_file_is_made_anew(tmp_path):
+    log, reader = Log(tmp_path), LogReader(tmp_path)
+    fill(log, 1, 2)
+    log.commit()
+    assert len(reader.poll()) == 2
+    log._lock.release()  # as if this process were killed
+    (name,) = list_segments(tmp_path)
+    name.state_path.unlink()
+    log = Log(tmp_path)
+    fill(log, 3, 4)
+    log.commit()
+    assert [record.seq for record in reader.poll()] == [3, 4]
+    log.close()
+    reader.close()
+
+
 def test_a_damaged_header_of_the_newest_segment_forgets_nothing(tmp_path):
     log = Log(tmp_path, segment_bytes=150_000)
     fill(log, 1, 1, robot="old")

@@ -7,7 +7,6 @@ as long as anything that was read from it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import mmap
 import os
@@ -237,17 +236,8 @@ class _OpenSegment:
 
     def is_sealed(self) -> bool:
         if not self._state.sealed:
-            self._follow_state_file()
             self._state = read_state(self._state_fd) or self._state
         return self._state.sealed
-
-    def _follow_state_file(self) -> None:
-        """The state file may have been lost and made anew: what is open here would then never change again."""
-        if self._state_fd >= 0 and os.fstat(self._state_fd).st_nlink == 0:
-            with contextlib.suppress(FileNotFoundError):  # the whole segment is gone; what was read of it stays
-                made_anew = os.open(self.name.state_path, os.O_RDONLY | os.O_CLOEXEC)
-                os.close(self._state_fd)
-                self._state_fd = made_anew
 
     def read(self, found: list[LogRecord], limit: int | None, reader: LogReader) -> bool:
         """Adds new records to ``found``; True when the segment has ended and was read to its end."""

@@ -142,13 +142,16 @@ def test_a_reader_goes_on_when_a_lost_state_file_is_made_anew(tmp_path):
     fill(log, 1, 2)
     log.commit()
     assert len(reader.poll()) == 2
-    log._lock.release()  # as if this process were killed
     (name,) = list_segments(tmp_path)
     name.state_path.unlink()
-    log = Log(tmp_path)
     fill(log, 3, 4)
     log.commit()
+    log._lock.release()  # as if this process were killed
+    log = Log(tmp_path)
     assert [record.seq for record in reader.poll()] == [3, 4]
+    fill(log, 5, 6)
+    log.commit()
+    assert [record.seq for record in reader.poll()] == [5, 6]
     log.close()
     reader.close()
 

@@ -59,6 +59,7 @@ class EpisodeTable:
         self._robot_numbers: dict[str, int] = {}
         self._boot_numbers: dict[tuple[str, str], int] = {}
         self._said = Column(np.int8)  # outcome as the robot said
+        self._num_seen = Column(np.int32)  # frames that were read; what retention wrote anew is read again
         self._labels: dict[EpisodeKey, dict[str, _Label]] = {}
         self.num_labels = 0
 
@@ -105,7 +106,9 @@ class EpisodeTable:
         self.task[number] = task
         if self.first_step[number] < 0:
             self.first_step[number] = first_step
-        self.num_operator_steps[number] += num_operator
+        if last_frame >= self._num_seen[number]:
+            self.num_operator_steps[number] += num_operator
+            self._num_seen[number] = last_frame + 1
         self.length[number] = max(self.length[number], last_frame + 1)
 
     def add_version(self, number: int, version: int) -> None:
@@ -156,7 +159,7 @@ class EpisodeTable:
             (self.outcome, Outcome.OPEN),
             (self._said, Outcome.OPEN),
         ]
-        zeros = (self.length, self.num_operator_steps, self.excluded, self.finished)
+        zeros = (self.length, self.num_operator_steps, self._num_seen, self.excluded, self.finished)
         missing = (self.task, self.first_version, self.last_version, self.first_step)
         for column, value in [*values, *((c, 0) for c in zeros), *((c, -1) for c in missing)]:
             column.extend(value, 1)

@@ -15,7 +15,7 @@ from buffer.priority import Scores
 from fleet.batch import Adaptive, BatchNeeds, Priority, Windows
 
 Span = tuple[str, int, int]
-"""A segment's file, the number of its first step, and how many steps there are."""
+"""A segment's file, the number of the first step of a run of its steps, and how many there are. Runs of a file in order."""
 
 
 class Feedback:
@@ -89,10 +89,18 @@ def _moved(saved: Mapping[str, Any], num_steps: int, spans: Sequence[Span]) -> n
     """Saved values by the numbers that the same steps have now; a step that was not there then gets the highest of these."""
     old = np.asarray(saved["values"], np.float64)
     values = np.full(num_steps, -1.0)
-    before = {file: (first, count) for file, first, count in saved["spans"]}
-    for file, first, count in spans:
-        old_first, old_count = before.get(file, (0, 0))
-        same = max(0, min(count, old_count, len(old) - old_first))
-        values[first : first + same] = old[old_first : old_first + same]
+    before = _numbers(saved["spans"])
+    for file, numbers in _numbers(spans).items():
+        was = before.get(file, numbers[:0])[: len(numbers)]
+        was = was[was < len(old)]
+        values[numbers[: len(was)]] = old[was]
     highest = values.max(initial=-1.0)
     return np.where(values < 0, highest if highest > 0 else 1.0, values)
+
+
+def _numbers(spans: Sequence[Span]) -> dict[str, np.ndarray]:
+    """The steps of each file, in its order."""
+    runs: dict[str, list[np.ndarray]] = {}
+    for file, first, count in spans:
+        runs.setdefault(file, []).append(np.arange(first, first + count))
+    return {file: np.concatenate(of_file) for file, of_file in runs.items()}

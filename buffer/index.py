@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -253,15 +252,11 @@ class StepIndex:
         start, count = self.span(first, end)
         for pool in self.pools.values():
             pool.keep((pool.view < start) | (pool.view >= start + count))
+        gone_from = np.unique(self.episode[np.arange(first, end)])
+        gone_from = gone_from[gone_from >= 0]
+        self.episodes.first_step[gone_from] = -1
         for boot in self._boots.values():
-            kept = [(seq, f) for seq, f in zip(boot.seqs, boot.fragments, strict=True) if not first <= f < end]
-            if len(kept) < len(boot.seqs):
-                boot.seqs, boot.fragments = [seq for seq, _ in kept], [f for _, f in kept]
-                self._relink(boot)
-        for episode in np.unique(self.episode[np.arange(first, end)]).tolist():
-            if episode >= 0:
-                left = self.steps_of(episode)
-                self.episodes.first_step[episode] = left[0] if len(left) else -1
+            self._take_out(boot, first, end, gone_from)
         of_chunk = self.chunk_fragment.view
         gone = self.chunk_fragment.first + np.searchsorted(of_chunk, (first, end))
         chunk = self.chunk.view
@@ -269,13 +264,24 @@ class StepIndex:
         self._dropped.append((first, end))
         self._release()
 
-    def _relink(self, boot: _Boot) -> None:
-        for earlier, later in itertools.pairwise(boot.fragments):
-            self._link(earlier, later)
-        if boot.fragments:
-            first, last = boot.fragments[0], boot.fragments[-1]
-            self.prev[self.first_step[first]] = -1
-            self.next[self.first_step[last] + self.num_steps[last] - 1] = -1
+    def _take_out(self, boot: _Boot, first: int, end: int, gone_from: np.ndarray) -> None:
+        """Takes fragments out of their boot; ``gone_from`` are the episodes that lose some."""
+        fragments = np.array(boot.fragments, np.int64)
+        kept = np.flatnonzero((fragments < first) | (fragments >= end))
+        if len(kept) == len(fragments):
+            return
+        boot.seqs, boot.fragments = [boot.seqs[i] for i in kept.tolist()], fragments[kept].tolist()
+        if not len(kept):
+            return
+        for i in np.flatnonzero(np.diff(kept) > 1).tolist():  # only these have got another neighbour
+            self._link(boot.fragments[i], boot.fragments[i + 1])
+        oldest, newest = boot.fragments[0], boot.fragments[-1]
+        self.prev[self.first_step[oldest]] = -1
+        self.next[self.first_step[newest] + self.num_steps[newest] - 1] = -1
+        left = fragments[kept]
+        left = left[np.isin(self.episode[left], gone_from)]
+        episodes, at = np.unique(self.episode[left], return_index=True)
+        self.episodes.first_step[episodes] = self.first_step[left[at]]
 
     def _release(self) -> None:
         """Lets go of the oldest fragments where all of them were taken out."""

@@ -247,14 +247,15 @@ class Sampler:
         taken = self._segments.get(segment.number)
         if taken is None:
             self._arenas = (*self._arenas, Arena(segment.bytes, segment.name.path, segment.data))
-            taken = self._segments[segment.number] = _Taken(segment.name.path.name, len(self._arenas) - 1, first)
+            taken = self._segments[segment.number] = _Taken(segment.name.path.name, len(self._arenas) - 1)
         before = self.index.num_drawable
         self.index.take_in(part, taken.arena, self._usable(part))
-        taken.end = self.index.num_fragments
+        taken.add(first, self.index.num_fragments)
         taken.num_bytes = int((part.fragments["steps_at"] + part.fragments["steps_length"]).max(initial=taken.num_bytes))
         self._residency.update(sum(taken.num_bytes for taken in self._segments.values()), self._arenas)
-        if segment.number not in self._replaced:
-            self._num_new += self.index.num_drawable - before
+        if segment.number in self._replaced:  # read before: neither new steps nor new latencies
+            return
+        self._num_new += self.index.num_drawable - before
         if say and self._journal is not None:
             self._say(self._journal, part, first)
 
@@ -300,9 +301,10 @@ class Sampler:
             self._replaced.add(number)
             taken = self._segments.pop(number, None)
             if taken is not None:
-                first_step, num_steps = self.index.span(taken.first, taken.end)
-                self._feedback.drop(np.arange(first_step, first_step + num_steps))
-                self.index.drop(taken.first, taken.end)
+                for first, end in taken.runs:
+                    first_step, num_steps = self.index.span(first, end)
+                    self._feedback.drop(np.arange(first_step, first_step + num_steps))
+                    self.index.drop(first, end)
                 arenas = list(self._arenas)
                 arenas[taken.arena] = Arena(np.empty(0, np.uint8))  # the file is let go of when no draw needs it any more
                 self._arenas = tuple(arenas)
@@ -316,16 +318,20 @@ class Sampler:
 
     def _spans(self) -> list[Span]:
         """Which steps are of which segment."""
-        index = self.index
-        return [(taken.file, *index.span(taken.first, taken.end)) for taken in self._segments.values()]
+        return [(taken.file, *self.index.span(*run)) for taken in self._segments.values() for run in taken.runs]
 
 
 @dataclasses.dataclass
 class _Taken:
-    """A segment that was read: its file, arena and fragments."""
+    """A segment that was read: its file, arena and runs of fragments. While one is being written, what retention left of
+    others is read in between, so its fragments need not be one run."""
 
     file: str
     arena: int
-    first: int
-    end: int = 0
     num_bytes: int = 0
+    runs: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+    def add(self, first: int, end: int) -> None:
+        if self.runs and self.runs[-1][1] == first:
+            first, _ = self.runs.pop()
+        self.runs.append((first, end))

@@ -1,0 +1,115 @@
+"""A sampler that follows while retention gives up segments, also while another one is being written."""
+
+import time
+
+import numpy as np
+import pytest
+
+from buffer.retention import Limits, Upkeep
+from buffer.sampler import Sampler
+from fleet.batch import BatchNeeds, Priority
+from fleet.files import Files
+from fleet.journal import Journal, read_journal
+from fleet.robot import Source
+from tests.buffer.fragments import make_spec
+from tests.buffer.runs import DEMO, OPERATOR, POLICY, Writer, fill
+
+NEEDS = BatchNeeds(200, 1, ("observation.state",), {tuple(Source): 1.0}, by_task=False, priority=Priority(1.0, 1.0))
+
+
+def retire(buffer):
+    """All that is not protected; returns what was done."""
+    upkeep, done = Upkeep(Files(), buffer), []
+    upkeep.sync(time.time_ns())
+    while more := upkeep.retire(Limits(max_bytes=1), time.time_ns()):
+        done += [action.kind for action in more]
+    return done
+
+
+def by_source(sampler):
+    sampler.poll()
+    return {source.name: sampler.num_steps(source) for source in Source}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A writer in the middle of a segment, and a sampler that read up to there before retention compacted older ones."""
+    writer = Writer(tmp_path / "log", segment_bytes=60_000)
+    numbers = iter(range(1000))
+
+    def write(*sources):
+        for source in sources:
+            writer.episode("arm-0", "b0", next(numbers), [source] * 3)
+
+    sampler = Sampler(tmp_path / "log", ["reach"], 0)
+    write(*[DEMO, POLICY, POLICY] * 3, POLICY)
+    sampler.poll()
+    assert "compact" in retire(tmp_path / "log")
+    sampler.poll()
+    write(POLICY)  # to the segment that was begun before
+    sampler.poll()
+    yield tmp_path / "log", write, sampler
+    sampler.close()
+    writer.close()
+
+
+def test_a_segment_that_was_read_around_a_compaction_takes_only_its_own_steps_along(run):
+    buffer, write, sampler = run
+    write(*[POLICY] * 12)
+    sampler.poll()
+    assert "drop" in retire(buffer)
+    other = Sampler(buffer, ["reach"], 0)
+    assert by_source(sampler) == by_source(other) and sampler.num_steps(DEMO) == 9
+    other.close()
+
+
+def test_scores_of_such_a_segment_come_back_to_the_same_steps(run):
+    buffer, _, sampler = run
+    scores = {}  # by what the steps are, not by their numbers
+
+    def scores_of(which, windows):
+        steps = zip(windows.episode_B.tolist(), windows.frame_B.tolist(), strict=True)
+        return np.array([scores.setdefault((which.index.episodes.keys[e], frame), 1.0 + len(scores)) for e, frame in steps])
+
+    batch = sampler.batch(NEEDS, 0)
+    sampler.feed_back(batch, scores_of(sampler, batch))
+    assert len(scores) == sampler.num_steps() == 18
+    other = Sampler(buffer, ["reach"], 0)
+    other.poll()
+    other.load_state(sampler.state())
+    seen = other.batch(NEEDS, 1)
+    score_B = scores_of(other, seen)
+    np.testing.assert_allclose(seen.weight_B, score_B.min() / score_B, rtol=1e-6)
+    other.close()
+
+
+def test_what_is_read_again_is_neither_new_nor_counted_again(tmp_path):
+    fill(tmp_path / "log")
+    sampler = Sampler(tmp_path / "log", ["reach"], 0, Journal(tmp_path / "learner.jsonl"))
+    sampler.poll()
+    operated = sampler.index.episodes.num_operator_steps.view.copy()
+    assert operated.sum() == 6 and "compact" in retire(tmp_path / "log")
+    assert sampler.poll() == 0 and sampler.num_steps(OPERATOR) == 6
+    np.testing.assert_array_equal(sampler.index.episodes.num_operator_steps.view, operated)
+    # The latency of steps that were sampled long ago is not what a robot's newest step takes.
+    assert [line for line in read_journal(tmp_path / "learner.jsonl") if line["kind"] == "sampleable"] == []
+    sampler.close()
+
+
+def test_letting_go_of_a_segment_looks_at_no_neighbours_but_its_own(tmp_path, monkeypatch):
+    writer = Writer(tmp_path / "log", segment_bytes=100_000, spec=make_spec())
+    for number in range(150):
+        writer.episode("arm-0", "b0", number, [POLICY] * 3)
+    writer.close()
+    sampler = Sampler(tmp_path / "log", ["reach"], 0)
+    sampler.poll()
+    linked, link = [], sampler.index._link
+    monkeypatch.setattr(sampler.index, "_link", lambda *fragments: (linked.append(fragments), link(*fragments)))
+    first, end = list(sampler._segments.values())[1].runs[0]
+    gone = set(sampler.index.episode[np.arange(first, end)].tolist())
+    sampler.index.drop(first, end)
+    assert linked == [(first - 1, end)] and end - first > 5
+    starts = sampler.index.episodes.first_step.view
+    assert {number for number in range(150) if starts[number] < 0} == gone
+    assert all(sampler.index.episode[sampler.index.fragment[starts[n]]] == n for n in set(range(150)) - gone)
+    sampler.close()

@@ -274,7 +274,7 @@ def fragments_of(buffer: Path, episode: Episode) -> Iterator[Fragment]:
         state, segment = read_state_file(name.state_path), map_segment(name)
         if state is None or segment is None:
             continue
-        records, _ = sidecar.records_of(segment, state.length, verify=True)
+        records, _ = sidecar.records_of(segment, state.length)
         for record in records:
             if (record.robot_id, record.boot_id) == episode.key[:2]:
                 with contextlib.suppress(FragmentRefused):

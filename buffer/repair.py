@@ -140,7 +140,7 @@ def _repair_sidecars(files: Files, folder: Path, sealed: dict[str, int], add: Ad
 
 
 def _sidecar_of(segment: SegmentMap, length: int) -> bytes:
-    records, num_damaged = sidecar.records_of(segment, length, verify=True)
+    records, num_damaged = sidecar.records_of(segment, length)
     builder = PartBuilder(segment.address, len(segment.bytes))
     for record in records:
         builder.add(record)

@@ -43,7 +43,7 @@ def write(files: Files, folder: Any, name: SegmentName) -> bool:
         state, segment = read_state_file(name.state_path), map_segment(name)
     if state is None or not state.sealed or segment is None:
         return False
-    records, num_damaged = records_of(segment, state.length, verify=True)
+    records, num_damaged = records_of(segment, state.length)
     builder = PartBuilder(segment.address, len(segment.bytes))
     for record in records:
         builder.add(record)
@@ -68,10 +68,10 @@ def load(name: SegmentName, length: int) -> IndexPart | None:
     return _from_payload(pa.py_buffer(data).slice(record.payload_at, record.payload_length), record.key)
 
 
-def records_of(segment: SegmentMap, length: int, *, verify: bool = False) -> tuple[list[LogRecord], int]:
-    """All fragments of a segment up to its length, and the number of places in it that could not be read."""
+def records_of(segment: SegmentMap, length: int) -> tuple[list[LogRecord], int]:
+    """All intact fragments of a segment up to its length, and the number of places in it that could not be read."""
     records, num_damaged = [], 0
-    for item in scan(segment.data, 0, min(length, len(segment.data)), segment.name.salt, verify=verify):
+    for item in scan(segment.data, 0, min(length, len(segment.data)), segment.name.salt):
         if not isinstance(item, Record):
             num_damaged += 1
         elif item.kind == KIND_FRAGMENT:

@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 
 from buffer import sidecar
+from buffer.manifest import live_segments
 from buffer.sampler import Sampler
 from buffer.segment import list_segments, read_state_file
 from fleet.batch import BatchNeeds
 from fleet.files import Files
 from fleet.journal import Journal, read_journal
 from fleet.robot import Source
+from tests.buffer import runs
 from tests.buffer.sampler_model import STATE, TASKS, Recorder, assert_same
 
 NEEDS = BatchNeeds(64, 4, (STATE,), {tuple(Source): 1.0}, offsets=(-2, 0), replay=("replay.seed",))
@@ -164,3 +166,20 @@ def test_steps_of_a_sealed_segment_are_reported_only_by_a_sampler_that_had_caugh
     follower.poll()
     (line,) = read_journal(tmp_path / "learner.jsonl")
     assert (line["kind"], line["robot"], line["seq"], len(line["latency_ms"])) == ("sampleable", "r0", 2, 3)
+
+
+def test_a_fragment_that_changed_is_left_out_however_it_is_read(tmp_path):
+    runs.fill(tmp_path)
+    name = live_segments(tmp_path)[0]
+    sampler = Sampler(tmp_path, ["reach"], 0)
+    whole, at = sampler.poll(), int(sampler.index.places["observation.state"].view[0])
+    sampler.close()
+    data = bytearray(name.path.read_bytes())
+    data[at] ^= 1
+    name.path.write_bytes(data)
+    for limit in (None, 5):  # sealed segments at once, or a few fragments at a time
+        sampler = Sampler(tmp_path, ["reach"], 0)
+        while sampler.poll(limit) and limit:
+            pass
+        assert (sampler.num_steps(), sampler.damaged) == (whole - 3, 1), limit
+        sampler.close()

@@ -17,7 +17,7 @@ from buffer import sidecar
 from buffer.manifest import Entry
 from buffer.retention import Limits, Upkeep
 from buffer.segment import segment_name
-from fleet.errors import FleetError
+from fleet.errors import DiskFull, FleetError, StorageError
 from fleet.files import Files, storage_errors
 from fleet.journal import Journal
 from fleet.metrics import Metrics
@@ -117,14 +117,24 @@ class Keeper:
             self._count("enter", error)
 
     def _index(self) -> None:
-        """Sidecars of sealed segments, each looked at once in the life of this process."""
+        """Sidecars of sealed segments, each looked at until it is there, then never again in the life of this process."""
         until_s = time.monotonic() + _SIDECARS_S
         for entry in self._segments():
             if entry.file not in self._indexed and time.monotonic() < until_s and not self._stop.is_set():
-                self._indexed.add(entry.file)
-                name = segment_name(self._folder / entry.file)
-                if sidecar.load(name, entry.length) is None:
-                    sidecar.write(self._files, self._folder, name)
+                self._index_one(entry)
+
+    def _index_one(self, entry: Entry) -> None:
+        name, what = segment_name(self._folder / entry.file), f"index of {entry.file}"
+        try:
+            if sidecar.load(name, entry.length) is None:
+                sidecar.write(self._files, self._folder, name)
+        except DiskFull:
+            raise  # making one costs more than seeing that there is no room
+        except StorageError as error:
+            self._count(what, error)
+        else:
+            self._said.pop(what, None)
+            self._indexed.add(entry.file)
 
     def _retire(self) -> None:
         assert self._upkeep is not None

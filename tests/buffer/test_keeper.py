@@ -1,3 +1,4 @@
+import errno
 import logging
 import threading
 import time
@@ -14,6 +15,7 @@ from fleet.files import Files
 from fleet.journal import Journal, read_journal
 from fleet.metrics import GATEWAY, Metrics
 from fleet.robot import Source
+from tests.buffer import runs
 from tests.buffer.fragments import fragment, make_spec
 
 P, O = Source.POLICY, Source.OPERATOR  # noqa: E741
@@ -167,3 +169,20 @@ def test_the_thread_works_beside_a_writer_and_readers_and_ends(tmp_path, log):
     operator = [s for first in range(1, seq, 3) if (first - 1) % 60 == 0 for s in range(first, first + 3)]
     assert set(operator) <= set(left) and len(left) < seq and keeper.num_errors == 0
     assert not any(t.name == "keeper" and t.is_alive() for t in threading.enumerate())
+
+
+def test_a_sidecar_for_which_there_was_no_room_is_made_later(tmp_path):
+    class Full(Files):
+        full = True
+
+        def write_atomic(self, path, data):
+            if path.suffix == ".index" and self.full:
+                raise OSError(errno.ENOSPC, "no space")
+            super().write_atomic(path, data)
+
+    runs.fill(tmp_path)
+    files = Full()
+    keeper = Keeper(tmp_path, Limits(), files=files)
+    for files.full in (True, True, False):
+        keeper.round()
+    assert all(name.index_path.exists() for name in live_segments(tmp_path)) and keeper.num_errors == 2

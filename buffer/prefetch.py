@@ -1,8 +1,9 @@
 """Batches ahead of the learner: one thread owns the sampler (it polls and draws), others gather.
 
 The draw of step s + depth is made when step s is asked for, so what was fed back before is in it, and batches come in
-the order of their steps. What was drawn ahead for other needs is dropped when they change. An error of any thread is
-raised where the learner asks for its batch; a thread that is gone is noticed. Nothing here waits for ever.
+the order of their steps. What was drawn ahead is dropped when the needs change, or a release on which their filter depends.
+New steps and labels are in what is drawn after they were read: at most ``depth`` + 1 batches later. An error of any thread
+is raised where the learner asks for its batch; a thread that is gone is noticed. Nothing here waits for ever.
 
 A learner that begins in the middle draws its first depth + 1 batches at once. Where draws depend on what is fed back these
 then know more than they would have known without the stop; without feedback they are the same.
@@ -76,6 +77,11 @@ class _Job:
     done: bool = False
     dropped: bool = False
 
+    def is_for(self, needs: BatchNeeds, step: int, newest_version: int) -> bool:
+        """Whether it is what is asked for now. A newer release makes other steps too old."""
+        in_time = needs.filter.max_version_age is None or self.newest_version == newest_version
+        return (self.step, self.needs) == (step, needs) and in_time
+
 
 class Prefetcher:
     """The learner's source of batches. Its methods are for one thread, the learner's.
@@ -145,7 +151,7 @@ class Prefetcher:
         self._start()
         with self._changed:
             self._give_back()
-            if self._ahead and (self._ahead[0].step, self._ahead[0].needs) != (step, needs):
+            if self._ahead and not self._ahead[0].is_for(needs, step, newest_version):
                 self._drop()
             was_ahead = bool(self._ahead)
             self._ask(needs, step, newest_version)

@@ -11,9 +11,10 @@ from buffer.ingest import Ingest
 from buffer.log import Log
 from buffer.prefetch import Prefetcher
 from buffer.sampler import Sampler
-from fleet.batch import BatchNeeds
+from fleet.batch import BatchNeeds, Filter
 from fleet.errors import FleetError, LearnerError, NoData, StorageError
 from fleet.robot import Source
+from tests.buffer import runs
 from tests.buffer.fragments import make_spec, message
 
 SPEC = make_spec(image="jpeg")
@@ -302,3 +303,20 @@ def test_arrays_of_batches_that_were_dropped_or_failed_come_back(make):
     thread.start()
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_batches_ahead_do_not_outlive_the_release_they_were_drawn_for(tmp_path):
+    log = runs.Writer(tmp_path / "log")
+    for version in range(1, 6):
+        log.episode("arm-0", "b0", version, [Source.POLICY] * 9, version=version)
+    log.close()
+    sampler = Sampler(tmp_path / "log", ["reach"], 0)
+    prefetcher = Prefetcher(sampler, depth=3)
+    needs = BatchNeeds(64, 2, ("observation.state",), {(Source.POLICY,): 1.0}, filter=Filter(max_version_age=1))
+    try:
+        prefetcher.poll()
+        for step, newest in enumerate([3, 3, 3, 5, 5, 5]):
+            assert (newest - prefetcher.batch(needs, step, newest).version_B <= 1).all(), step
+    finally:
+        prefetcher.close()
+        sampler.close()

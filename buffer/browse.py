@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from buffer import sidecar
-from buffer.labels import EXCLUDED, OUTCOME, Label, LabelReader, label_of, newest
+from buffer.labels import EpisodeKey, Judged, Label, LabelReader, label_of
 from buffer.manifest import live_segments
 from buffer.parts import IndexPart, PartBuilder
 from buffer.reader import SegmentMap, map_segment
@@ -25,7 +25,6 @@ from fleet.errors import EpisodeError, FragmentRefused
 from fleet.robot import Source
 from fleet.schema import Fragment, decode_fragment
 
-EpisodeKey = tuple[str, str, int]  # robot_id, boot_id, episode_id
 OPEN = "open"
 _LISTED = 5  # of several episodes that answer to one name
 
@@ -75,13 +74,12 @@ class Episode:
     @property
     def outcome(self) -> str:
         """By the newest label, else as the robot said."""
-        label = newest(self.labels).get(OUTCOME)
+        label = Judged(self.labels).outcome
         return self.said if label is None else label.value
 
     @property
     def excluded(self) -> bool:
-        label = newest(self.labels).get(EXCLUDED)
-        return label is not None and label.value == "true"
+        return Judged(self.labels).excluded
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for scripts."""

@@ -1,30 +1,21 @@
 """What became of each episode: facts of its opened and closed rows, of its steps, and of labels that came later.
 
 An episode is (robot, boot, episode_id). Its number is given when it is first heard of and never changes. One whose
-robot began another without closing it stays open. Labels may come before or after what they speak of; of one field the
-newest by the judge's clock counts, and of two with the same time the one that was read later.
+robot began another without closing it stays open. Labels may come before or after what they speak of.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from buffer.columns import Column
+from buffer.labels import EpisodeKey, Judged, Label
 from fleet.batch import Outcome
 
-EpisodeKey = tuple[str, str, int]  # robot_id, boot_id, episode_id
 _OUTCOMES = {outcome.name.lower(): outcome for outcome in Outcome if outcome is not Outcome.OPEN}
-_EXCLUDED = {"true": True, "false": False}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Label:
-    order: tuple[int, int]
-    value: str
 
 
 class EpisodeTable:
@@ -60,8 +51,7 @@ class EpisodeTable:
         self._boot_numbers: dict[tuple[str, str], int] = {}
         self._said = Column(np.int8)  # outcome as the robot said
         self._num_seen = Column(np.int32)  # frames that were read; what retention wrote anew is read again
-        self._labels: dict[EpisodeKey, dict[str, _Label]] = {}
-        self.num_labels = 0
+        self._judged: dict[EpisodeKey, Judged] = {}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -118,23 +108,10 @@ class EpisodeTable:
             self.first_version[number] = version if first < 0 else min(first, version)
             self.last_version[number] = max(last, version)
 
-    def add_label(self, row: dict[str, Any], rank: int) -> None:
-        """A row of the labels table. Fields and values that have no meaning here are passed over.
-
-        Args:
-            rank: Of two labels with the same time the one with the higher rank counts.
-        """
-        self.num_labels += 1
-        if row["field"] == "outcome" and row["value"] not in _OUTCOMES:
-            return
-        if row["field"] == "excluded" and row["value"] not in _EXCLUDED:
-            return
-        key = (row["robot_id"], row["boot_id"], row["episode_id"])
-        labels = self._labels.setdefault(key, {})
-        new, old = _Label((row["time_ns"], rank), row["value"]), labels.get(row["field"])
-        if old is not None and new.order < old.order:
-            return
-        labels[row["field"]] = new
+    def add_label(self, label: Label, rank: int) -> None:
+        """A label; its rank is one of those of ``buffer.labels``."""
+        key = label.episode
+        self._judged.setdefault(key, Judged()).add(label, rank)
         number = self._numbers.get(key)
         if number is not None:
             self._judge(number)
@@ -167,6 +144,7 @@ class EpisodeTable:
         return number
 
     def _judge(self, number: int) -> None:
-        labels = self._labels.get(self.keys[number], {})
-        self.outcome[number] = _OUTCOMES[labels["outcome"].value] if "outcome" in labels else self._said[number]
-        self.excluded[number] = "excluded" in labels and _EXCLUDED[labels["excluded"].value]
+        judged = self._judged.get(self.keys[number])
+        label = None if judged is None else judged.outcome
+        self.outcome[number] = self._said[number] if label is None else _OUTCOMES[label.value]
+        self.excluded[number] = judged is not None and judged.excluded

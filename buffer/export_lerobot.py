@@ -30,6 +30,7 @@ from buffer.format_lerobot import (
     load_lerobot,
     whole_fps,
 )
+from buffer.labels import AFTERWARDS, BY_ROBOT, EpisodeKey, Judged, LabelReader, label_of
 from buffer.log import load_spec
 from buffer.reader import LogReader, LogRecord
 from fleet.errors import DatasetError, NoData
@@ -39,7 +40,6 @@ from fleet.robot import Source
 from fleet.schema import decode_fragment
 from fleet.spec import Feature, RobotSpec
 
-EpisodeKey = tuple[str, str, int]  # robot_id, boot_id, episode_id
 POLL_RECORDS = 256
 
 
@@ -138,14 +138,13 @@ def export_dataset(
 
 def choose(buffer: Path, selection: Selection) -> tuple[dict[EpisodeKey, RecordedEpisode], collections.Counter[str]]:
     """The selected episodes in the order in which they ended, without their fragments, and what was left out."""
-    labels, left_out, robot_types = newest_labels(buffer), collections.Counter[str](), _RobotTypes(buffer)
+    judged, left_out, robot_types = judged_episodes(buffer), collections.Counter[str](), _RobotTypes(buffer)
     chosen: dict[EpisodeKey, RecordedEpisode] = {}
     for episode in recorded_episodes(buffer, left_out):
-        said = labels.get(episode.key, {})
-        if "outcome" in said:
-            value, judge = said["outcome"]
-            episode.closed |= {"outcome": value, "judge": judge}
-        if said.get("excluded", ("false", ""))[0] == "true":
+        said = judged.get(episode.key, Judged())
+        if said.outcome is not None:
+            episode.closed |= {"outcome": said.outcome.value, "judge": said.outcome.judge}
+        if said.excluded:
             left_out["excluded by a label"] += 1
         elif not _selected(episode, selection, robot_types[episode.spec_hash]):
             left_out["not asked for"] += 1
@@ -219,20 +218,18 @@ def _add_fragment(episode: RecordedEpisode, record: LogRecord, tables: Mapping[s
         episode.sources |= set(steps["source"].to_pylist())
 
 
-def newest_labels(buffer: Path) -> dict[EpisodeKey, dict[str, tuple[str, str]]]:
-    """(value, judge) by episode and field, from the robots' own labels and those given later; the newest time wins."""
-    newest: dict[tuple[EpisodeKey, str], tuple[int, str, str]] = {}
-    for folder in (buffer, buffer / "labels"):
-        for record in _records(folder):
-            if "labels" not in record.tables:
-                continue
+def judged_episodes(buffer: Path) -> dict[EpisodeKey, Judged]:
+    """What labels say of episodes: the robots' own ones, and those given later."""
+    found: collections.defaultdict[EpisodeKey, Judged] = collections.defaultdict(Judged)
+    for record in _records(buffer):
+        if "labels" in record.tables:
             for row in decode_fragment(record.tables, record.payload).tables["labels"].to_pylist():
-                at = ((row["robot_id"], row["boot_id"], row["episode_id"]), row["field"])
-                if row["time_ns"] >= newest.get(at, (0, "", ""))[0]:
-                    newest[at] = (row["time_ns"], row["value"], row["judge"])
-    found: dict[EpisodeKey, dict[str, tuple[str, str]]] = {}
-    for (key, field), (_, value, judge) in newest.items():
-        found.setdefault(key, {})[field] = (value, judge)
+                label = label_of(row)
+                found[label.episode].add(label, BY_ROBOT)
+    reader = LabelReader(buffer)
+    for label in reader.poll():
+        found[label.episode].add(label, AFTERWARDS)
+    reader.close()
     return found
 
 

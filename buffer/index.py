@@ -22,6 +22,7 @@ import numpy as np
 from buffer.columns import Column
 from buffer.episodes import EpisodeTable
 from buffer.intake import Chunks, Runs, rows_by_fragment
+from buffer.labels import BY_ROBOT, label_of
 from buffer.parts import ABSENT, IndexPart
 from fleet.batch import Within
 from fleet.robot import Source
@@ -185,7 +186,7 @@ class StepIndex:
             boot = self._boots.setdefault(key, _Boot())
             for table, row in rows.get(i, ()):
                 if table == "labels":
-                    self.episodes.add_label(row, 0)
+                    self.episodes.add_label(label_of(row), BY_ROBOT)
                 else:
                     self.episodes.add_row(key, row, self.task_number(row["task"]))
             self._add_chunks(boot, fragment, chunks.of_fragment(i))

@@ -7,6 +7,7 @@ this log before a robot's own, then the later one in the log.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     OUTCOME: tuple(outcome.name.lower() for outcome in Outcome if outcome is not Outcome.OPEN),
     EXCLUDED: ("true", "false"),
 }
+BY_ROBOT, AFTERWARDS = 0, 1  # ranks: of two labels with the same time the higher one counts
 SEGMENT_BYTES = 1024 * 1024
 WRITER = ("labels", "labels")  # instead of robot and boot; the keys of this log are gapless like those of the first
 _ROWS = 5000  # of one fragment
@@ -105,13 +107,21 @@ def _open_log(folder: Path, wait_s: float) -> Log:
 class LabelReader:
     """Follows the labels that were appended, in their order. Read-only, from any process.
 
+    Args:
+        skipped: Is counted on where it is given.
+
     Attributes:
-        skipped: Fragments that could not be read.
+        skipped: Fragments that could not be read, by the error's code.
     """
 
-    def __init__(self, buffer: Path) -> None:
+    def __init__(self, buffer: Path, skipped: collections.Counter[str] | None = None) -> None:
         self._reader = LogReader(labels_folder(buffer))
-        self.skipped = 0
+        self.skipped: collections.Counter[str] = collections.Counter() if skipped is None else skipped
+
+    @property
+    def num_records(self) -> int:
+        """Fragments read so far."""
+        return self._reader.num_records
 
     def poll(self) -> list[Label]:
         """Labels since the last call. Never waits.
@@ -123,8 +133,8 @@ class LabelReader:
         for record in self._reader.poll():
             try:
                 rows = decode_fragment(record.tables, record.payload).tables["labels"].to_pylist()
-            except (FragmentRefused, KeyError):
-                self.skipped += 1
+            except (FragmentRefused, KeyError) as error:
+                self.skipped[getattr(error, "code", FragmentRefused.code)] += 1
                 continue
             found += (label_of(row) for row in rows)
         return found
@@ -138,11 +148,34 @@ def label_of(row: dict[str, Any]) -> Label:
     return Label(**{field.name: row[field.name] for field in dataclasses.fields(Label)})
 
 
-def newest(labels: Iterable[Label]) -> dict[str, Label]:
-    """What counts, by field, of the labels of one episode: the robot's own first, then those of this log in its order."""
-    found: dict[str, Label] = {}
-    for label in labels:
-        known = found.get(label.field)
-        if label.value in FIELDS.get(label.field, ()) and (known is None or label.time_ns >= known.time_ns):
-            found[label.field] = label
-    return found
+class Judged:
+    """What the labels of one episode say, in whatever order they are read. Of a field the newest by the judge's clock counts;
+    of two with one time that with the higher rank, then the one that was read later. What no label may say counts for nothing.
+
+    Args:
+        labels: Of one rank, in the order in which they were read.
+    """
+
+    __slots__ = ("_newest",)
+
+    def __init__(self, labels: Iterable[Label] = ()) -> None:
+        self._newest: dict[str, tuple[tuple[int, int], Label]] = {}
+        for label in labels:
+            self.add(label)
+
+    def add(self, label: Label, rank: int = BY_ROBOT) -> None:
+        """One more label: ``BY_ROBOT``, or ``AFTERWARDS`` for one of the labels' own log."""
+        if label.value not in FIELDS.get(label.field, ()):
+            return
+        order, known = (label.time_ns, rank), self._newest.get(label.field)
+        if known is None or order >= known[0]:
+            self._newest[label.field] = order, label
+
+    @property
+    def outcome(self) -> Label | None:
+        """The label by which the outcome goes; None: what the robot said stands."""
+        return self._newest[OUTCOME][1] if OUTCOME in self._newest else None
+
+    @property
+    def excluded(self) -> bool:
+        return EXCLUDED in self._newest and self._newest[EXCLUDED][1].value == "true"

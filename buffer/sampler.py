@@ -17,6 +17,7 @@ Shape suffixes: B batch, H actions in a window, W steps of a walk.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -35,6 +36,7 @@ from buffer.filters import both, passing
 from buffer.gather import Allocate, Draw, ImageCache, gather
 from buffer.index import StepIndex
 from buffer.ingest import latencies_ms
+from buffer.labels import AFTERWARDS, LabelReader
 from buffer.log import load_spec
 from buffer.parts import IndexPart, PartBuilder
 from buffer.reader import LogReader, LogRecord, SegmentMap
@@ -42,10 +44,9 @@ from buffer.team import Team
 from buffer.undecodable import Undecodable
 from buffer.windows import WindowMaker
 from fleet.batch import BatchNeeds, Windows
-from fleet.errors import FleetError, FragmentRefused, SpecError
+from fleet.errors import FleetError, SpecError
 from fleet.journal import Journal
 from fleet.robot import Source
-from fleet.schema import decode_fragment
 from fleet.spec import RobotSpec
 
 MAPPED_BYTES = 2 << 30  # a log of this size is read at the speed of memory
@@ -83,7 +84,8 @@ class Sampler:
         allow_many_files()
         self._folder, self._seed, self._journal, self._cache = folder, seed, journal, cache
         self._reader = LogReader(folder, replacements=True)
-        self._labels = LogReader(folder / "labels")
+        self.skipped_fragments: collections.Counter[str] = collections.Counter()
+        self._labels = LabelReader(folder, self.skipped_fragments)
         self.index = StepIndex(task_names)
         self._maker, self._feedback = WindowMaker(self.index), Feedback()
         self._residency, self._team = Residency(mapped_bytes), Team(threads)
@@ -92,7 +94,6 @@ class Sampler:
         self._replaced: set[int] = set()
         self._num_damaged = self._num_new = 0
         self._caught_up = False  # once, with all that there was
-        self.skipped_fragments: dict[str, int] = {}
         self.undecodable = Undecodable(self.index.episodes.keys, journal)
 
     @property
@@ -240,7 +241,7 @@ class Sampler:
 
     def _take_part(self, part: IndexPart, segment: SegmentMap, *, say: bool) -> None:
         for code, count in part.refused.items():
-            self.skipped_fragments[code] = self.skipped_fragments.get(code, 0) + count
+            self.skipped_fragments[code] += count
         if not part.num_fragments:
             return
         first = self.index.num_fragments
@@ -272,7 +273,7 @@ class Sampler:
         usable: np.ndarray = known[part.fragments["spec"]]
         if not usable.all():  # a spec is stored before its data: only a damaged file brings us here
             code = SpecError.code
-            self.skipped_fragments[code] = self.skipped_fragments.get(code, 0) + int((~usable).sum())
+            self.skipped_fragments[code] += int((~usable).sum())
         return usable
 
     def _say(self, journal: Journal, part: IndexPart, first: int) -> None:
@@ -285,15 +286,8 @@ class Sampler:
                 journal.write("sampleable", robot=robot, boot=boot, seq=int(part.fragments["seq"][i]), latency_ms=latency)
 
     def _take_labels(self) -> None:
-        for record in self._labels.poll():
-            try:
-                rows = decode_fragment(record.tables, record.payload).tables["labels"].to_pylist()
-            except (FragmentRefused, KeyError) as error:
-                code = getattr(error, "code", FragmentRefused.code)
-                self.skipped_fragments[code] = self.skipped_fragments.get(code, 0) + 1
-                continue
-            for row in rows:
-                self.index.episodes.add_label(row, 1)
+        for label in self._labels.poll():
+            self.index.episodes.add_label(label, AFTERWARDS)
 
     def _drop(self, numbers: Sequence[int]) -> None:
         """Takes out the steps of segments that retention took away; what it kept of them is read anew."""

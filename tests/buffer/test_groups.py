@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from buffer.episodes import EpisodeTable
 from buffer.groups import groups, pairs
+from buffer.labels import BY_ROBOT, Label
 from fleet.batch import Outcome
 from fleet.errors import NoData
 from tests.buffer.chi_square import assert_drawn_as
@@ -130,8 +131,7 @@ def test_groups_and_pairs_of_the_samplers_own_table():
         table.add_steps(number, 0, 3 * number, 3, 2, 0)
     assert numbers(groups(table)) == [[0, 1, 2]]
     assert set(map(tuple, pairs(table, np.random.default_rng(0), 50).tolist())) == {(0, 1), (2, 1)}
-    label = {"robot_id": "r", "boot_id": "b", "episode_id": 2, "field": "excluded", "value": "true", "time_ns": 1}
-    table.add_label(label, 0)
+    table.add_label(Label("r", "b", 2, "excluded", "true", "test", 1), BY_ROBOT)
     assert numbers(groups(table)) == [[0, 1]]
     for made in (groups, lambda none: pairs(none, np.random.default_rng(0), 1)):
         with pytest.raises(NoData, match="0 usable of 0"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from buffer.labels import Label, LabelReader, append_labels, labels_folder, newest
+from buffer.labels import AFTERWARDS, BY_ROBOT, Judged, Label, LabelReader, append_labels, labels_folder
 from buffer.log import Log
 from buffer.sampler import Sampler
 from fleet.batch import Outcome
@@ -51,9 +51,19 @@ def test_a_label_that_means_nothing_is_refused_and_none_of_the_call_is_stored(tm
 def test_the_newest_counts_and_of_one_time_the_later(tmp_path):
     episode = ("arm-1", "boot", 0)
     said = [label(episode, value=value, time_ns=at) for value, at in (("success", 5), ("failure", 9), ("aborted", 7))]
-    assert newest(said)["outcome"].value == "failure"
-    assert newest([*said, label(episode, value="unknown", time_ns=9)])["outcome"].value == "unknown"
-    assert newest([label(episode, "mood", "good")]) == {}
+    assert Judged(said).outcome.value == "failure"
+    judged = Judged([*said, label(episode, value="unknown", time_ns=9)])
+    assert judged.outcome.value == "unknown" and not judged.excluded
+    judged.add(label(episode, value="aborted", time_ns=9), AFTERWARDS)
+    judged.add(label(episode, value="success", time_ns=9), BY_ROBOT)  # was read later and counts less
+    assert judged.outcome.value == "aborted"
+    for nothing in (
+        label(episode, "mood", "good", 99),
+        label(episode, "outcome", "fine", 99),
+        label(episode, "excluded", "", 99),
+    ):
+        judged.add(nothing)
+    assert judged.outcome.value == "aborted" and not judged.excluded and Judged().outcome is None
 
 
 def test_several_processes_append_at_once_and_nothing_is_lost(tmp_path):

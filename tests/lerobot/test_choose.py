@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from buffer.export_lerobot import Selection, choose, common_specs, export_dataset, newest_labels
+from buffer.export_lerobot import Selection, choose, common_specs, export_dataset
 from fleet.errors import DatasetError, NoData
 from fleet.robot import Source
 from fleet.spec import Feature, RobotSpec
@@ -77,7 +77,6 @@ def test_the_newest_label_says_the_outcome_and_excluded_episodes_are_left_out(fo
         label("arm-1", 2, "excluded", "false", 11),
     ]
     write_log(folder / "labels", make_spec(), [("cli", BOOT, {"labels": given})])
-    assert newest_labels(folder)["arm-2", BOOT, 0] == {"outcome": ("success", "ann")}
     chosen, left_out = choose(folder, Selection(outcomes=("success",)))
     assert [(robot, episode) for robot, _, episode in chosen] == [("arm-1", 0), ("arm-1", 1), ("arm-2", 0), ("arm-1", 2)]
     assert chosen["arm-2", BOOT, 0].closed["judge"] == "ann"

@@ -126,17 +126,21 @@ class Ingest:
             self.stats.refused += 1
             raise
         pending = _pending(robot_id, boot_id, seq, len(payload), fragment, closed)
-        self._log.append(
-            robot_id,
-            boot_id,
-            seq,
-            fields["spec_hash"],
-            fields["tables"],
-            payload,
-            progress.to_note(),
-            episode=progress.episode_id,
-            steps=np.bincount(pending.sources, minlength=len(Source)).tolist(),
-        )
+        try:
+            self._log.append(
+                robot_id,
+                boot_id,
+                seq,
+                fields["spec_hash"],
+                fields["tables"],
+                payload,
+                progress.to_note(),
+                episode=progress.episode_id,
+                steps=np.bincount(pending.sources, minlength=len(Source)).tolist(),
+            )
+        except StorageError:
+            self._forget_lost()
+            raise
         self._pending.append(pending)
 
     def _decode(self, robot_id: str, fields: Mapping[str, Any], payload: bytes | memoryview) -> Fragment:
@@ -167,7 +171,7 @@ class Ingest:
         try:
             newly = {(robot, boot): seq for robot, boot, seq in self._log.commit()}
         except StorageError:
-            self._pending.clear()
+            self._forget_lost()
             raise
         for key in self._again - newly.keys():
             newly[key] = self._log.high_water(*key)
@@ -178,6 +182,10 @@ class Ingest:
             if item.seq <= self._log.high_water(*item.key):
                 self._report(item, now_ns)
         return [(robot, boot, seq) for (robot, boot), seq in newly.items() if seq > 0]
+
+    def _forget_lost(self) -> None:
+        """What the log forgot after an error is not counted: it comes again."""
+        self._pending = [item for item in self._pending if item.seq <= self._log.last(*item.key).seq]
 
     def _report(self, item: _Pending, now_ns: int) -> None:
         robot, boot = item.key

@@ -1,9 +1,12 @@
+import errno
+
 import pytest
 
 from buffer.ingest import Ingest
 from buffer.log import Log
 from buffer.reader import LogReader
-from fleet.errors import FragmentRefused
+from fleet.errors import FragmentRefused, StorageError
+from fleet.files import Files
 from fleet.journal import Journal, read_journal
 from fleet.robot import Source
 from fleet.schema import build_table, encode_fragment
@@ -149,3 +152,31 @@ def test_a_hello_without_a_fragment_leaves_no_spec_behind(ingest):
     ingest.offer(R, *message(R, B, 1, 0, 0, [P]))
     ingest.commit()
     assert [spec.hash for spec in ingest._log.specs()] == [make_spec().hash]
+
+
+class FailsOnce(Files):
+    """Whose next fsync of a file fails when ``failing`` is set."""
+
+    failing = False
+
+    def fsync(self, fd):
+        if self.failing:
+            self.failing = False
+            raise OSError(errno.EIO, "Input/output error")
+        super().fsync(fd)
+
+
+def test_what_a_failed_append_took_along_is_counted_once_when_it_comes_again(tmp_path):
+    files = FailsOnce()
+    ingest = Ingest(Log(tmp_path / "buffer", files=files, segment_bytes=1), Journal(tmp_path / "gateway.jsonl"))
+    ingest.admit(R, B, make_spec())
+    first = message(R, B, 1, 0, 0, [P] * 5, opened=True, closed=True)
+    ingest.offer(R, *first)
+    files.failing = True
+    with pytest.raises(StorageError):  # it needs another segment, and the first one's end is not confirmed
+        ingest.offer(R, *message(R, B, 2, 1, 0, [P] * 2000))
+    ingest.offer(R, *first)
+    assert ingest.commit() == [(R, B, 1)] and stored(tmp_path) == [(R, B, 1)]
+    assert ingest.stats.fragments == 1 and ingest.stats.steps == {(R, "policy"): 5}
+    assert [line["kind"] for line in read_journal(tmp_path / "gateway.jsonl")] == ["durable", "episode"]
+    ingest._log.close()

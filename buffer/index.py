@@ -81,7 +81,6 @@ class StepIndex:
         self.chunk_fragment, self.chunk_row = Column(np.int32), Column(np.int32)
         self.pools: dict[tuple[int, int], Column] = {}
         self.newest_version = -1
-        self.skipped_steps = 0
         self._boots: dict[tuple[str, str], _Boot] = {}
         self._dropped: list[tuple[int, int]] = []
 
@@ -123,7 +122,6 @@ class StepIndex:
         self._add_steps(steps, of_step, num_steps, first_fragment)
         self._add_pools(steps["source"], tasks[of_step], first_step)
         self._join(part, steps, tasks, num_steps, first_fragment, first_step)
-        self.skipped_steps += int(num_steps[tasks < 0].sum())
 
     def _add_fragments(self, part: IndexPart, arena: int, tasks: np.ndarray, num_steps: np.ndarray, first_step: int) -> None:
         count, before = part.num_fragments, self.num_fragments

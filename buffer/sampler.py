@@ -67,6 +67,7 @@ class Sampler:
     Attributes:
         index: What is known of all steps; ``index.episodes`` of all episodes.
         skipped_fragments: Fragments that could not be read, by the error's code.
+        skipped_tasks: Steps of tasks that are not asked for, by task.
         undecodable: Windows that were left out because of their images.
     """
 
@@ -85,6 +86,7 @@ class Sampler:
         self._folder, self._seed, self._journal, self._cache = folder, seed, journal, cache
         self._reader = LogReader(folder, replacements=True)
         self.skipped_fragments: collections.Counter[str] = collections.Counter()
+        self.skipped_tasks: collections.Counter[str] = collections.Counter()
         self._labels = LabelReader(folder, self.skipped_fragments)
         self.index = StepIndex(task_names)
         self._maker, self._feedback = WindowMaker(self.index), Feedback()
@@ -109,7 +111,7 @@ class Sampler:
     @property
     def skipped_steps(self) -> int:
         """Steps of other tasks."""
-        return self.index.skipped_steps
+        return sum(self.skipped_tasks.values())
 
     @property
     def damaged(self) -> int:
@@ -250,15 +252,24 @@ class Sampler:
             self._arenas = (*self._arenas, Arena(segment.bytes, segment.name.path, segment.data))
             taken = self._segments[segment.number] = _Taken(segment.name.path.name, len(self._arenas) - 1)
         before = self.index.num_drawable
-        self.index.take_in(part, taken.arena, self._usable(part))
+        usable = self._usable(part)
+        self.index.take_in(part, taken.arena, usable)
         taken.add(first, self.index.num_fragments)
         taken.num_bytes = int((part.fragments["steps_at"] + part.fragments["steps_length"]).max(initial=taken.num_bytes))
         self._residency.update(sum(taken.num_bytes for taken in self._segments.values()), self._arenas)
         if segment.number in self._replaced:  # read before: neither new steps nor new latencies
             return
         self._num_new += self.index.num_drawable - before
+        self._count_others(part, usable)
         if say and self._journal is not None:
             self._say(self._journal, part, first)
+
+    def _count_others(self, part: IndexPart, usable: np.ndarray) -> None:
+        """Steps of tasks that are not asked for."""
+        for i, task in enumerate(part.tasks):
+            if self.index.task_number(task) < 0:
+                count = int(part.fragments["num_steps"][usable & (part.fragments["task"] == i)].sum())
+                self.skipped_tasks.update({task: count} if count else {})
 
     def _usable(self, part: IndexPart) -> np.ndarray:
         """By fragment, whether its spec is there."""

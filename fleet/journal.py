@@ -11,7 +11,8 @@ gateway: ``durable`` (robot, boot, seq, latency_ms: one number a step, executed 
 learner: ``sampleable`` (robot, boot, seq, latency_ms: one number a step, executed -> in the sampler), ``update`` (step, loss,
     updates_per_s), ``published`` (version, step), ``checkpoint`` (step), ``resumed`` (step, version), ``waiting`` (why),
     ``rate`` (state, why, inserts, samples, cursor: what the rate limiter holds or no longer holds),
-    ``undecodable`` (why: a window that is left out of batches)
+    ``undecodable`` (why: a window that is left out of batches), ``skipped`` (what: damaged | skipped_fragments | skipped_steps,
+    why: what the learner does not train on, once each, and for steps once a task)
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from learner.loop import POLL_S, BatchSource, Loop, LoopSettings, Phase
 from learner.main import LearnerConfig, PolicyConfig, algorithm_class
 from learner.progress import Progress
 from learner.publisher import Publisher
+from learner.skipped import COUNTED, Skipped
 
 LOCK_WAIT_S = 3.0
 STATISTICS_STEPS = 8192  # drawn from the demonstrations, to normalise observations by
@@ -66,7 +67,7 @@ def train(run: RunFolder, tables: Mapping[str, Any], *, stop: Callable[[], bool]
         arrays = allocator(choose_device(config.device))
         feed = Prefetcher(sampler, depth=config.prefetch_depth, workers=config.prefetch_workers, allocate=arrays)
         stack.callback(feed.close)
-        report = _with_feed(report, sampler, feed, cache)
+        report = _with_feed(report, sampler, feed, cache, Skipped(sampler, run.path / "tasks.json", journal.write))
         if not wait_for_data(sampler, config.min_size_to_sample, stop, report, journal):
             return Progress(steps=config.steps)
         specs = sampler.specs
@@ -252,12 +253,13 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _with_feed(report: Report, sampler: Sampler, feed: Prefetcher, cache: ImageCache) -> Report:
+def _with_feed(report: Report, sampler: Sampler, feed: Prefetcher, cache: ImageCache, skipped: Skipped) -> Report:
     def tell(progress: Progress) -> None:
         stats = cache.stats()
         progress.feed = {
             "batches_ready": feed.num_ready,
             "undecodable": sampler.undecodable.num_windows,
+            **skipped.look(),
             "image_cache_hits": stats.hits,
             "image_cache_misses": stats.misses,
             "image_cache_bytes": stats.bytes,
@@ -280,7 +282,7 @@ def _instruments(run: RunFolder, config: LearnerConfig, report: Report) -> tuple
         journal.close()
         journal = MeteredJournal(path, metrics)
         waited = [0.0]
-        counted = {"undecodable": 0.0, "image_cache_hits": 0.0, "image_cache_misses": 0.0}
+        counted = dict.fromkeys(("undecodable", *COUNTED, "image_cache_hits", "image_cache_misses"), 0.0)
 
         def tell(progress: Progress) -> None:
             wait_s = progress.seconds.get("wait", 0.0) + progress.seconds.get("sample", 0.0)

@@ -1,8 +1,10 @@
 """The learner on a real log: what robots sent goes in, releases come out."""
 
+import json
 import os
 import threading
 import time
+import urllib.request
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch
 from algorithms.policies.registry import build
 from buffer.ingest import Ingest
 from buffer.log import Log
+from buffer.reader import LogReader
+from buffer.sampler import Sampler
 from fleet.errors import ConfigError, LearnerError, RunFolderError
 from fleet.journal import read_journal
 from fleet.robot import Source
@@ -17,6 +21,7 @@ from fleet.server.releases import ReleaseStore
 from fleet.spec import Feature, RobotSpec
 from learner.checkpoint import Checkpoints
 from learner.main import LearnerConfig, PolicyConfig, check_learner_tables
+from learner.skipped import Skipped
 from learner.train import complete_policy, train
 from tests.buffer.fragments import make_spec, message
 from tests.learner_toys import make_run, make_tables
@@ -24,16 +29,15 @@ from tests.learner_toys import make_run, make_tables
 BOOT = "b" * 16
 
 
-def fill(run, episodes=4, source=Source.DEMO, robot="r1"):
-    """Writes whole episodes of 20 steps on both tasks, as a gateway would."""
+def fill(run, episodes=4, source=Source.DEMO, robot="r1", tasks=("left", "right")):
+    """Writes whole episodes of 20 steps on the tasks in turn, as a gateway would."""
     log = Log(run.buffer)
     ingest, spec = Ingest(log), make_spec()
     seq = ingest.admit(robot, BOOT, spec)
     for i in range(episodes):
         seq += 1
-        fields = message(
-            robot, BOOT, seq, i, 0, [source] * 20, spec=spec, task=("left", "right")[i % 2], opened=True, closed=True
-        )
+        task = tasks[i % len(tasks)]
+        fields = message(robot, BOOT, seq, i, 0, [source] * 20, spec=spec, task=task, opened=True, closed=True)
         ingest.offer(robot, *fields)
     ingest.commit()
     log.close()
@@ -96,6 +100,37 @@ def test_the_learner_waits_for_its_first_steps(tmp_path):
     fill(run)
     thread.join(30)
     assert not thread.is_alive() and seen[-1].step == 40
+
+
+def test_what_is_not_trained_on_is_counted_and_said_once(tmp_path, caplog):
+    run = make_run(tmp_path / "run")
+    fill(run)
+    fill(run, robot="r2", tasks=("third", "fourth"))
+    (record,) = [r for r in LogReader(run.buffer).poll() if (r.robot_id, r.seq) == ("r1", 4)]
+    with record.segment.name.path.open("r+b") as file:
+        file.seek(record.payload_at + 100)
+        file.write(b"\xff\xff\xff\xff")
+    catalogue = run.path / "tasks.json"
+    tasks = json.loads(catalogue.read_text())
+    progress, seen = run_train(run, make_tables(metrics_port=0))
+    assert progress.step == 40 and seen[-1].num_steps == 60
+    lines = [line for line in read_journal(run.logs / "learner.jsonl") if line["kind"] == "skipped"]
+    assert [line["what"] for line in lines] == ["damaged", "skipped_steps", "skipped_steps"] and len(seen) > 1
+    assert "'third'" in lines[1]["why"] and "40 so far" in lines[1]["why"] and "add it to run.tasks" in lines[1]["why"]
+    assert [record.message for record in caplog.records] == [line["why"] for line in lines]
+    port = json.loads((run.path / "learner.json").read_text())["metrics_port"]
+    metrics = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    assert "fleet_learner_skipped_steps_total 80.0" in metrics and "fleet_learner_damaged_total 1.0" in metrics
+    assert "fleet_learner_skipped_fragments_total 0.0" in metrics
+
+    sampler = Sampler(run.buffer, list(tasks), 0)
+    catalogue.write_text(json.dumps({**tasks, "third": {}}))
+    sampler.poll()
+    said = []
+    counts = Skipped(sampler, catalogue, lambda kind, **fields: said.append(fields["why"])).look()
+    assert counts == {"damaged": 1, "skipped_fragments": 0, "skipped_steps": 80}
+    assert "came to tasks.json after the learner began; stop the run" in said[1] and "not in tasks.json" in said[2]
+    sampler.close()
 
 
 def test_stop_before_there_is_data(tmp_path):

@@ -7,6 +7,8 @@ import numpy as np
 from buffer.columns import Column
 from buffer.index import StepIndex
 
+_DONE = np.iinfo(np.int64).max
+
 
 class Returns:
     """Returns-to-go of one discount.
@@ -19,21 +21,21 @@ class Returns:
     def __init__(self, index: StepIndex, discount: float) -> None:
         self._index, self._discount = index, discount
         self._value = Column(np.float32, np.nan)
-        self._done = Column(bool, False)  # by fragment
+        self._tried = Column(np.int64, -1)  # by fragment: how many fragments there were when its end was missing, or _DONE
 
     def of(self, steps_B: np.ndarray) -> np.ndarray:
         """(B,) float32; NaN where the episode is open, or where steps of it up to its end are missing."""
         index = self._index
         for column, first, end in (
             (self._value, index.fragment.first, index.end),
-            (self._done, index.num_steps.first, index.num_fragments),
+            (self._tried, index.num_steps.first, index.num_fragments),
         ):
             column.extend_to(end)
             column.release(first)
         fragments = np.unique(index.fragment[steps_B])
         finished = index.episodes.finished[index.episode[fragments]]
-        for fragment in fragments[finished & ~self._done[fragments]].tolist():
-            if not self._done[fragment]:
+        for fragment in fragments[finished & (self._tried[fragments] < index.num_fragments)].tolist():
+            if self._tried[fragment] < index.num_fragments:  # what is missing may have been read since
                 self._compute(fragment)
         values: np.ndarray = self._value[steps_B]
         return values
@@ -46,10 +48,10 @@ class Returns:
         fragments = [fragment]
         while (behind := self._neighbour(fragment, index.next[self._last(fragment)])) >= 0:
             fragments.append(fragment := behind)
-        for number in fragments:
-            self._done[number] = True
-        steps = np.concatenate([np.arange(index.first_step[f], self._last(f) + 1) for f in fragments])
-        if index.first_frame[fragment] + index.num_steps[fragment] == index.episodes.length[index.episode[fragment]]:
+        has_end = index.first_frame[fragment] + index.num_steps[fragment] == index.episodes.length[index.episode[fragment]]
+        self._tried[np.array(fragments)] = _DONE if has_end else index.num_fragments
+        if has_end:
+            steps = np.concatenate([np.arange(index.first_step[f], self._last(f) + 1) for f in fragments])
             self._value[steps] = discounted(index.reward[steps], self._discount)
 
     def _neighbour(self, fragment: int, step: int) -> int:

@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from buffer.index import StepIndex
 from buffer.parts import PartBuilder
 from buffer.reader import LogReader
 from buffer.retention import COMPACT, Limits, prune
+from buffer.returns import Returns
 from buffer.sampler import Sampler
 from buffer.segment import list_segments
 from fleet.batch import Adaptive, BatchNeeds, Filter, Outcome, Priority, Within
@@ -206,6 +208,26 @@ def test_a_damaged_fragment_is_a_gap_that_no_window_crosses(tmp_path):
         assert np.isnan(total) if frame < 4 else total == 12 - frame
         assert to_go == 12 - frame
     assert (batch.obs_at[-2][STATE][:, 2] >= np.where(batch.frame_B < 4, 0, 8)).all()
+
+
+def test_returns_are_known_again_when_what_was_missing_is_read_again(tmp_path):
+    recorder = Recorder(tmp_path)
+    for part in range(3):
+        recorder.fragment(1, 0, [P] * 4, rewards=[1.0] * 4, closed="success" if part == 2 else None, opened={})
+    recorder.commit()
+    index, parts = StepIndex(TASKS), []
+    for record in LogReader(tmp_path).poll():
+        builder = PartBuilder(record.segment.address, len(record.segment.bytes))
+        builder.add(record)
+        parts.append(builder.build())
+        index.take_in(parts[-1], 0, np.ones(1, bool))
+    returns, steps = Returns(index, 1.0), np.array([0, 3, 8, 11])
+    index.drop(1, 2)
+    for _ in range(2):
+        np.testing.assert_array_equal(returns.of(steps), [np.nan, np.nan, 4, 1])
+    index.take_in(parts[1], 0, np.ones(1, bool))
+    np.testing.assert_array_equal(returns.of(steps), [12, 9, 4, 1])
+    np.testing.assert_array_equal(returns.of(np.array([12, 15])), [8, 5])
 
 
 def test_columns_that_are_not_aligned_are_refused_and_counted(tmp_path):

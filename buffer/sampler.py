@@ -211,7 +211,7 @@ class Sampler:
             out: Gives the arrays for observations and actions; None: new ones.
 
         Raises:
-            StorageError: The disk cannot be read, or more than a few images of the batch cannot be decoded.
+            StorageError: The disk cannot be read, or more than half of the batch has images that cannot be decoded.
         """
         allocate = out or (lambda _, shape, dtype: np.empty(shape, dtype))
         windows, bad = gather(draw, allocate, self._cache, self._residency, self._team)

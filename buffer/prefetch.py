@@ -46,7 +46,7 @@ class Sampling(Protocol):
 
     def state(self) -> dict[str, Any]: ...
 
-    def load_state(self, state: Mapping[str, Any]) -> None: ...
+    def load_state(self, state: Mapping[str, Any]) -> int: ...
 
 
 class Arrays:
@@ -179,9 +179,9 @@ class Prefetcher:
         """As the sampler, after all that was fed back."""
         return self.ask(self._sampler.state)
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> int:
         """As the sampler, before whatever is asked for later."""
-        self.post(lambda: self._sampler.load_state(state))
+        return self.ask(lambda: self._sampler.load_state(state))
 
     def post(self, call: Callable[[], None]) -> None:
         """Has something done by the thread that owns the sampler, before whatever is asked for later."""

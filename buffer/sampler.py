@@ -189,12 +189,22 @@ class Sampler:
         self._feedback.add(windows, loss_B, self.index.is_there(windows.step_B))
 
     def state(self) -> dict[str, Any]:
-        """What was fed back, for a checkpoint: plain dicts, lists, numbers and numpy arrays."""
-        return self._feedback.state(self._spans())
+        """What was fed back and up to where the log was read, for a checkpoint: plain dicts, lists, numbers, numpy arrays."""
+        newest = max(self._segments, default=0)
+        num_steps = self._segments[newest].num_steps if newest else 0
+        return {**self._feedback.state(self._spans()), "read": {"segment": newest, "num_steps": num_steps}}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes what ``state`` returned, also in another process; before the first ``draw``, after a ``poll``."""
+    def load_state(self, state: Mapping[str, Any]) -> int:
+        """Takes what ``state`` returned, also in another process; before the first ``draw``, after a ``poll``.
+
+        Returns:
+            The number of steps that came since, of the tasks that are asked for; what retention took meanwhile is not missed.
+        """
         self._feedback.load_state(state)
+        newest, num_steps = state["read"]["segment"], state["read"]["num_steps"]
+        later = sum(taken.num_steps for number, taken in self._segments.items() if number > newest)
+        more = self._segments[newest].num_steps - num_steps if newest in self._segments else 0
+        return later + max(more, 0)
 
     def groups(self, **options: Any) -> list[np.ndarray]:
         """Groups of episodes for GRPO: ``buffer.groups.groups``."""
@@ -257,6 +267,7 @@ class Sampler:
         taken.add(first, self.index.num_fragments)
         taken.num_bytes = int((part.fragments["steps_at"] + part.fragments["steps_length"]).max(initial=taken.num_bytes))
         self._residency.update(sum(taken.num_bytes for taken in self._segments.values()), self._arenas)
+        taken.num_steps += self.index.num_drawable - before
         if segment.number in self._replaced:  # read before: neither new steps nor new latencies
             return
         self._num_new += self.index.num_drawable - before
@@ -334,6 +345,7 @@ class _Taken:
     file: str
     arena: int
     num_bytes: int = 0
+    num_steps: int = 0  # of the tasks that are asked for
     runs: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
     def add(self, first: int, end: int) -> None:

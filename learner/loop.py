@@ -55,7 +55,9 @@ class BatchSource(Protocol):
         """What draws depend on beside (seed, step, position): plain data and numpy arrays."""
         ...
 
-    def load_state(self, state: Mapping[str, Any]) -> None: ...
+    def load_state(self, state: Mapping[str, Any]) -> int:
+        """Returns how many steps came since ``state`` was asked for, whatever retention took meanwhile."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +145,8 @@ class Loop:
                 f"the checkpoint of step {checkpoint.step} does not fit: {error}"[:500], rule="same modules, same shapes"
             ) from None
         engine.load_state(state["optimizers"])
-        self._source.load_state(to_arrays(state["sampler"]))
         self._limiter.load(meta["rate"])
-        self._limiter.insert(self._source.num_steps() - int(meta["num_steps"]))  # what came since; retention may have run
+        self._limiter.insert(self._source.load_state(to_arrays(state["sampler"])))
         self.progress.step = self._saved = checkpoint.step
 
     def run(self, stop: Callable[[], bool]) -> Progress:
@@ -323,6 +324,7 @@ class Loop:
             algorithm, engine = self._trained()
             parts = {name: part.module.state_dict() for name, part in algorithm.parts.items()}
             sampler = self._source.state()
+            self._poll(force=True)  # what is behind this state is counted as inserted
             state = freeze(
                 {"parts": parts, "algorithm": algorithm.state_dict(), "optimizers": engine.state(), "sampler": sampler}
             )

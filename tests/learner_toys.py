@@ -35,10 +35,10 @@ SMALL_POLICY = {"horizon": 4, "width": 16, "num_layers": 2}
 
 
 class MemorySource:
-    """Steps in memory with the sampler's methods; ``add`` makes more of them."""
+    """Steps in memory with the sampler's methods; ``add`` makes more of them. The oldest ``retired`` ones are gone."""
 
-    def __init__(self, num_steps: int = 0, seed: int = 0) -> None:
-        self._seed, self._committed, self._visible = seed, num_steps, 0
+    def __init__(self, num_steps: int = 0, seed: int = 0, retired: int = 0) -> None:
+        self._seed, self._committed, self._visible, self._retired = seed, num_steps, 0, retired
 
     def add(self, num_steps: int) -> None:
         self._committed += num_steps
@@ -48,16 +48,16 @@ class MemorySource:
         return new
 
     def num_steps(self, source: Source | None = None) -> int:
-        return self._visible if source in (None, Source.DEMO) else 0
+        return self._visible - self._retired if source in (None, Source.DEMO) else 0
 
     def feed_back(self, windows: Windows, loss_B: np.ndarray) -> None:
         pass
 
     def state(self) -> dict[str, Any]:
-        return {}
+        return {"read": self._visible}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        pass
+    def load_state(self, state: dict[str, Any]) -> int:
+        return self._visible - state["read"]
 
     def batch(self, needs: BatchNeeds, step: int, newest_version: int = -1) -> Windows:
         if not self._visible or all(Source.DEMO not in group for group in needs.shares):

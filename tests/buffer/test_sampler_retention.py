@@ -83,6 +83,23 @@ def test_scores_of_such_a_segment_come_back_to_the_same_steps(run):
     other.close()
 
 
+def test_steps_that_came_since_a_state_are_counted_whatever_retention_takes(run):
+    buffer, write, sampler = run
+    write(POLICY)
+    sampler.poll()
+    state = sampler.state()
+    write(*[POLICY] * 12)
+    assert sampler.poll() == 36 and sampler.load_state(state) == 36
+    before = sampler.num_steps()
+    write(*[DEMO] * 12)
+    assert "drop" in retire(buffer)
+    other = Sampler(buffer, ["reach"], 0)
+    other.poll()
+    kept = sum(other.index.source.view == POLICY)
+    assert other.num_steps() < before + 36 and other.load_state(state) == 36 + kept
+    other.close()
+
+
 def test_what_is_read_again_is_neither_new_nor_counted_again(tmp_path):
     fill(tmp_path / "log")
     sampler = Sampler(tmp_path / "log", ["reach"], 0, Journal(tmp_path / "learner.jsonl"))

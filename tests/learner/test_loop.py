@@ -152,14 +152,15 @@ def test_robots_that_are_ahead_are_said_and_not_held(tmp_path):
     assert states == ["robots ahead", "in range", "learner ahead"]
 
 
-def test_the_ratio_is_counted_from_the_online_part_and_goes_on_after_a_restart(tmp_path):
+@pytest.mark.parametrize("retired", [0, 50])
+def test_the_ratio_is_counted_from_the_online_part_and_goes_on_after_a_restart(tmp_path, retired):
     run = make_run(tmp_path / "run")
     tables = make_tables(steps=100, start_steps=10, checkpoint_every=50, samples_per_insert=16, error_buffer=5 * 16)
     source = MemorySource(100)
     loop = make_toy_loop(run, tables, source)
     run_until_it_waits(loop)
     assert loop.progress.step == 15 and journal_of(run, "checkpoint")[-1]["step"] == 15
-    source = MemorySource(104)  # four came while nobody trained
+    source = MemorySource(104, retired=retired)  # four came while nobody trained
     loop = make_toy_loop(run, tables, source)
     assert loop.progress.step == 15
     run_until_it_waits(loop)

@@ -70,6 +70,11 @@ class Feedback:
         for scores in self._scores.values():
             scores.drop(steps[steps < scores.num_steps])
 
+    def move(self, steps: np.ndarray, first: int) -> None:
+        """These steps have new numbers, counting up from ``first``, the end of all numbers so far."""
+        for scores in self._scores.values():
+            scores.move(steps, first)
+
     def state(self, spans: Sequence[Span]) -> dict[str, Any]:
         """Plain dicts, lists, numbers and numpy arrays."""
         kept = [list(span) for span in spans]

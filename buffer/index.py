@@ -2,7 +2,8 @@
 
 No observation is copied into memory. For each fragment and feature the index holds the offset of the first value in the
 mapped segment; a row is found by arithmetic. Steps, fragments and chunks have numbers that never change their meaning:
-new ones are added at the end, and when retention takes segments away, the oldest rows are let go of.
+new ones are added at the end, and when retention takes segments away, the oldest rows are let go of. What is kept between
+others that are gone may be given new numbers (``buffer.renumber``).
 
 Steps of a boot are linked to the one before and the one behind, across fragments in the order of ``seq``. A step is
 linked to the next frame of its episode, and an episode's newest step to the first one of a later episode; where frames
@@ -63,6 +64,8 @@ class StepIndex:
         places, offsets: Columns by fragment for each feature.
         chunk_fragment, chunk_row: Columns by policy call.
         pools: (source, task) -> numbers of steps of tasks that are asked for.
+        boots: By (robot, boot).
+        gaps: Fragments that were taken out and are not let go of, as (first, end), rising, never side by side.
     """
 
     def __init__(self, task_names: Sequence[str]) -> None:
@@ -81,8 +84,8 @@ class StepIndex:
         self.chunk_fragment, self.chunk_row = Column(np.int32), Column(np.int32)
         self.pools: dict[tuple[int, int], Column] = {}
         self.newest_version = -1
-        self._boots: dict[tuple[str, str], _Boot] = {}
-        self._dropped: list[tuple[int, int]] = []
+        self.boots: dict[tuple[str, str], _Boot] = {}
+        self.gaps: list[tuple[int, int]] = []
 
     @property
     def num_fragments(self) -> int:
@@ -93,6 +96,16 @@ class StepIndex:
     def end(self) -> int:
         """Steps read so far, retired ones included: the number that the next one gets."""
         return self.fragment.end
+
+    @property
+    def num_rows(self) -> int:
+        """Steps that are held in memory."""
+        return self.end - self.fragment.first
+
+    @property
+    def num_there(self) -> int:
+        """Steps that were not taken out."""
+        return self.num_rows - sum(self.span(*gap)[1] for gap in self.gaps)
 
     @property
     def num_drawable(self) -> int:
@@ -181,7 +194,7 @@ class StepIndex:
         at = 0
         for i, (boot_index, seq, episode_id, first_frame) in enumerate(zip(*columns, strict=True)):
             key, count, fragment = part.boots[boot_index], int(num_steps[i]), first_fragment + i
-            boot = self._boots.setdefault(key, _Boot())
+            boot = self.boots.setdefault(key, _Boot())
             for table, row in rows.get(i, ()):
                 if table == "labels":
                     self.episodes.add_label(label_of(row), BY_ROBOT)
@@ -240,10 +253,11 @@ class StepIndex:
 
     def is_there(self, steps: np.ndarray) -> np.ndarray:
         """Which steps were not taken out, by their numbers: (N,) bool."""
-        there = steps >= self.fragment.first
-        for first, end in self._dropped:
-            start, count = self.span(first, end)
-            there &= (steps < start) | (steps >= start + count)
+        there: np.ndarray = steps >= self.fragment.first
+        if self.gaps:
+            start, count = np.array([self.span(*gap) for gap in self.gaps]).T
+            at = np.searchsorted(start, steps, side="right") - 1
+            there &= (at < 0) | (steps >= start[at] + count[at])
         return there
 
     def drop(self, first: int, end: int) -> None:
@@ -254,14 +268,16 @@ class StepIndex:
         gone_from = np.unique(self.episode[np.arange(first, end)])
         gone_from = gone_from[gone_from >= 0]
         self.episodes.first_step[gone_from] = -1
-        for boot in self._boots.values():
+        for boot in self.boots.values():
             self._take_out(boot, first, end, gone_from)
         of_chunk = self.chunk_fragment.view
         gone = self.chunk_fragment.first + np.searchsorted(of_chunk, (first, end))
         chunk = self.chunk.view
         chunk[(chunk >= gone[0]) & (chunk < gone[1])] = -1  # policy calls of later steps, whose versions stay known
-        self._dropped.append((first, end))
-        self._release()
+        before = next((gap for gap in self.gaps if gap[1] == first), (first, first))
+        behind = next((gap for gap in self.gaps if gap[0] == end), (end, end))
+        self.gaps = sorted([*(gap for gap in self.gaps if gap not in (before, behind)), (before[0], behind[1])])
+        self.release()
 
     def _take_out(self, boot: _Boot, first: int, end: int, gone_from: np.ndarray) -> None:
         """Takes fragments out of their boot; ``gone_from`` are the episodes that lose some."""
@@ -282,15 +298,11 @@ class StepIndex:
         episodes, at = np.unique(self.episode[left], return_index=True)
         self.episodes.first_step[episodes] = self.first_step[left[at]]
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Lets go of the oldest fragments where all of them were taken out."""
-        released = self.num_steps.first
-        for first, end in sorted(self._dropped):
-            if first == released:
-                released = end
-        if released == self.num_steps.first:
+        if not self.gaps or self.gaps[0][0] > self.num_steps.first:
             return
-        self._dropped = [(first, end) for first, end in self._dropped if first >= released]
+        _, released = self.gaps.pop(0)
         first_step = int(self.first_step[released]) if released < self.num_fragments else self.end
         first_chunk = self.chunk_fragment.first + int(np.searchsorted(self.chunk_fragment.view, released))
         for column in (self.chunk_fragment, self.chunk_row):
@@ -315,7 +327,7 @@ class StepIndex:
 
     def steps_of(self, episode: int) -> np.ndarray:
         """Numbers of the steps of an episode that are there, in order."""
-        boot = self._boots.get(self.episodes.keys[episode][:2], _Boot())
+        boot = self.boots.get(self.episodes.keys[episode][:2], _Boot())
         mine = [f for f in boot.fragments if self.episode[f] == episode]
         spans = [np.arange(self.first_step[f], self.first_step[f] + self.num_steps[f]) for f in mine]
         return np.concatenate([np.empty(0, np.int64), *spans])

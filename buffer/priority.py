@@ -79,6 +79,14 @@ class Scores:
         steps = np.unique(np.asarray(steps, np.int64))
         self._replace(steps, np.zeros(len(steps)))
 
+    def move(self, steps: np.ndarray, first: int) -> None:
+        """Distinct steps get new numbers, counting up from ``first``, the end of all numbers so far."""
+        self.grow(first)
+        self.grow(first + len(steps))
+        values = self._data[steps]
+        self._replace(first + np.arange(len(steps)), values)
+        self._replace(steps, np.zeros(len(steps)))
+
     def accept(self, steps: np.ndarray) -> np.ndarray:
         """The chance to keep each step when it is proposed, in [0, 1] and in proportion to score ** alpha.
 

@@ -40,6 +40,7 @@ from buffer.labels import AFTERWARDS, LabelReader
 from buffer.log import load_spec
 from buffer.parts import IndexPart, PartBuilder
 from buffer.reader import LogReader, LogRecord, SegmentMap
+from buffer.renumber import renumber
 from buffer.team import Team
 from buffer.undecodable import Undecodable
 from buffer.windows import WindowMaker
@@ -50,6 +51,7 @@ from fleet.robot import Source
 from fleet.spec import RobotSpec
 
 MAPPED_BYTES = 2 << 30  # a log of this size is read at the speed of memory
+ROWS_A_STEP, ROWS_MIN = 4, 1 << 16  # the index may hold so many rows for each step that is there, and always so many
 
 
 class Sampler:
@@ -324,6 +326,11 @@ class Sampler:
                 arenas = list(self._arenas)
                 arenas[taken.arena] = Arena(np.empty(0, np.uint8))  # the file is let go of when no draw needs it any more
                 self._arenas = tuple(arenas)
+        if self.index.gaps and self.index.num_rows > max(ROWS_A_STEP * self.index.num_there, ROWS_MIN):
+            moved = renumber(self.index)
+            self._feedback.move(moved.steps, moved.first_step)
+            for taken in self._segments.values():
+                taken.runs = [(moved.fragment(first), moved.fragment(end - 1) + 1) for first, end in taken.runs]
 
     def _cached(self, needs: BatchNeeds, cache: ImageCache) -> Accept | None:
         """Which steps have all their images in the cache; None where none are encoded."""

@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import buffer.sampler
 from buffer.index import StepIndex
 from buffer.parts import PartBuilder
 from buffer.reader import LogReader
+from buffer.renumber import renumber
 from buffer.retention import COMPACT, Limits, prune
 from buffer.returns import Returns
 from buffer.sampler import Sampler
@@ -74,8 +76,17 @@ def forget_what_is_gone(recorder):
     recorder.episodes = {key: episode for key, episode in recorder.episodes.items() if episode.steps}
 
 
+@pytest.fixture(params=[False, True], ids=["gaps", "renumbered"])
+def renumbered(request, monkeypatch):
+    """Whether what retention leaves gets new numbers at once, or not in so small a log."""
+    if request.param:
+        monkeypatch.setattr(buffer.sampler, "ROWS_MIN", 0)
+        monkeypatch.setattr(buffer.sampler, "ROWS_A_STEP", 1)
+    return request.param
+
+
 @pytest.mark.parametrize(("all_of_it", "first"), [(True, 0), (False, 0), (False, 4)])
-def test_steps_that_retention_takes_are_not_drawn_and_what_it_keeps_stays_whole(tmp_path, all_of_it, first):
+def test_steps_that_retention_takes_are_not_drawn_and_what_it_keeps_stays_whole(tmp_path, all_of_it, first, renumbered):
     recorder = record_with_corrections(tmp_path, first=first)
     follower = sampler_of(tmp_path)
     needs = BatchNeeds(100, 5, (STATE,), ALL, offsets=(-3, 0, 4), within=Within.BOOT, replay=("replay.seed", "log_prob_T"))
@@ -108,7 +119,9 @@ def test_steps_that_retention_takes_are_not_drawn_and_what_it_keeps_stays_whole(
             assert gone == ((robot, episode) not in left)
     after = follower.gather(early)
     assert (after.actions_BHA == before.actions_BHA).all(), "a draw in flight reads what it named"
-    assert first or follower.index.fragment.first > 0, "memory of the oldest steps is let go of"
+    if renumbered or not first:
+        assert follower.index.fragment.first > 0, "memory of the oldest steps is let go of"
+    assert not renumbered or follower.index.num_rows == follower.index.num_there
 
 
 def chance_by_step(sampler, needs):
@@ -121,7 +134,7 @@ def chance_by_step(sampler, needs):
     return dict(zip(zip(keys, index.frame(steps).tolist(), strict=True), chances, strict=True))
 
 
-def test_scores_follow_their_steps_through_a_restart_after_retention(tmp_path):
+def test_scores_follow_their_steps_through_a_restart_after_retention(tmp_path, renumbered):
     recorder = record_with_corrections(tmp_path)
     follower = sampler_of(tmp_path)
     needs = BatchNeeds(200, 1, (STATE,), ALL, priority=Priority(alpha=1.0, beta=1.0))
@@ -150,7 +163,7 @@ def test_scores_follow_their_steps_through_a_restart_after_retention(tmp_path):
     assert follower._feedback._scores[needs.priority].accept(there).max() == 1, "gone steps do not hold the others down"
 
 
-def test_a_gone_step_with_the_highest_score_does_not_hold_the_others_down(tmp_path):
+def test_a_gone_step_with_the_highest_score_does_not_hold_the_others_down(tmp_path, renumbered):
     recorder = record_with_corrections(tmp_path)
     follower = sampler_of(tmp_path)
     needs = BatchNeeds(300, 1, (STATE,), ALL, priority=Priority())
@@ -210,17 +223,44 @@ def test_a_damaged_fragment_is_a_gap_that_no_window_crosses(tmp_path):
     assert (batch.obs_at[-2][STATE][:, 2] >= np.where(batch.frame_B < 4, 0, 8)).all()
 
 
+def parts_of(folder):
+    """An index part of each fragment."""
+    parts = []
+    for record in LogReader(folder).poll():
+        builder = PartBuilder(record.segment.address, len(record.segment.bytes))
+        builder.add(record)
+        parts.append(builder.build())
+    return parts
+
+
+def test_steps_find_the_policy_call_of_a_fragment_that_got_a_new_number(tmp_path):
+    recorder = Recorder(tmp_path)
+    recorder.fragment(1, 0, [P] * 2, opened={}, new_chunk=3)
+    recorder.fragment(0, 0, [P] * 4, opened={}, new_chunk=4)
+    recorder.fragment(1, 0, [P] * 3)
+    recorder.commit()
+    index, (call, other, later) = StepIndex(TASKS), parts_of(tmp_path)
+    for part in (call, other):
+        index.take_in(part, 0, np.ones(1, bool))
+    index.drop(1, 2)
+    moved = renumber(index)
+    assert (moved.steps.tolist(), moved.first_step, moved.fragment(0), moved.fragment(1)) == ([0, 1], 6, 2, 1)
+    index.take_in(later, 0, np.ones(1, bool))
+    steps = np.arange(6, 11)
+    assert index.frame(steps).tolist() == [0, 1, 2, 3, 4] and index.prev[steps].tolist() == [-1, 6, 7, 8, 9]
+    places = index.places_of_chunks(index.chunk[steps])
+    assert (places == [0, call.fragments["chunks_at"][0], call.fragments["chunks_length"][0], 0]).all()
+    assert index.version[steps].tolist() == [3] * 5 and index.is_there(np.arange(11)).tolist() == [False] * 6 + [True] * 5
+
+
 def test_returns_are_known_again_when_what_was_missing_is_read_again(tmp_path):
     recorder = Recorder(tmp_path)
     for part in range(3):
         recorder.fragment(1, 0, [P] * 4, rewards=[1.0] * 4, closed="success" if part == 2 else None, opened={})
     recorder.commit()
-    index, parts = StepIndex(TASKS), []
-    for record in LogReader(tmp_path).poll():
-        builder = PartBuilder(record.segment.address, len(record.segment.bytes))
-        builder.add(record)
-        parts.append(builder.build())
-        index.take_in(parts[-1], 0, np.ones(1, bool))
+    index, parts = StepIndex(TASKS), parts_of(tmp_path)
+    for part in parts:
+        index.take_in(part, 0, np.ones(1, bool))
     returns, steps = Returns(index, 1.0), np.array([0, 3, 8, 11])
     index.drop(1, 2)
     for _ in range(2):

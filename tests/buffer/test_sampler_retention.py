@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+import buffer.sampler
 from buffer.retention import Limits, Upkeep
 from buffer.sampler import Sampler
 from fleet.batch import BatchNeeds, Priority
@@ -98,6 +99,47 @@ def test_steps_that_came_since_a_state_are_counted_whatever_retention_takes(run)
     kept = sum(other.index.source.view == POLICY)
     assert other.num_steps() < before + 36 and other.load_state(state) == 36 + kept
     other.close()
+
+
+def score_of(windows):
+    """Of a step of episode 0 about 1000, of episode 7 about 8000, and different for each."""
+    _, episode_B, frame_B = windows.obs["observation.state"].T.astype(float)
+    return 1000 * (episode_B + 1) + 100 * frame_B
+
+
+def test_rows_of_the_index_do_not_grow_behind_a_protected_episode(tmp_path, monkeypatch):
+    monkeypatch.setattr(buffer.sampler, "ROWS_MIN", 60)
+    writer = Writer(tmp_path / "log", segment_bytes=40_000)
+    sampler = Sampler(tmp_path / "log", ["reach"], 0)
+    rows = []
+    for number in range(60):
+        if number == 20:
+            windows = sampler.batch(NEEDS, 0)
+            sampler.feed_back(windows, score_of(windows))
+        writer.episode("arm-0", "b0", number, [DEMO if number in (0, 7, 30) else POLICY] * 3)
+        sampler.poll()
+        if number % 4 == 3:
+            retire(tmp_path / "log")
+            sampler.poll()
+        rows.append((sampler.index.num_rows, sampler.index.num_there))
+    assert all(held <= max(4 * there, 60 + 12) for held, there in rows) and rows[-1][1] < 30
+    assert sampler.index.end > 180 and sampler.index.fragment.first > 100
+    demos = [sampler.index.episodes.find(("arm-0", "b0", number)) for number in (0, 7, 30)]
+    frames = [sampler.index.frame(sampler.index.steps_of(number)).tolist() for number in demos]
+    assert frames == [[0, 1, 2]] * 3 and sampler.num_steps(DEMO) == 9
+    windows = sampler.gather(sampler.windows_of(demos, NEEDS))
+    assert windows.obs["observation.state"][:, 1].tolist() == [0] * 3 + [7] * 3 + [30] * 3
+    other = Sampler(tmp_path / "log", ["reach"], 0)
+    other.poll()
+    other.load_state(sampler.state())
+    for which in (sampler, other):
+        windows = which.batch(NEEDS, 1)
+        early = np.isin(windows.obs["observation.state"][:, 1], (0, 7))
+        score_B, weight_B = score_of(windows)[early], windows.weight_B[early]
+        assert len(np.unique(score_B)) == 6
+        np.testing.assert_allclose(weight_B * score_B, weight_B[0] * score_B[0], rtol=1e-6)
+        which.close()
+    writer.close()
 
 
 def test_what_is_read_again_is_neither_new_nor_counted_again(tmp_path):

@@ -15,11 +15,12 @@ class Column:
     Args:
         dtype: Of the values.
         fill: Value of numbers that were skipped by ``extend_to``.
+        first: The number of the first value.
     """
 
-    def __init__(self, dtype: Any, fill: Any = 0) -> None:
+    def __init__(self, dtype: Any, fill: Any = 0, first: int = 0) -> None:
         self._data = np.empty(_SMALLEST, dtype)
-        self._fill, self._first, self._count = fill, 0, 0
+        self._fill, self._first, self._count = fill, first, 0
 
     @property
     def end(self) -> int:

@@ -260,6 +260,11 @@ class StepIndex:
             there &= (at < 0) | (steps >= start[at] + count[at])
         return there
 
+    def may_be_drawn(self, steps: np.ndarray, sources: Sequence[int]) -> np.ndarray:
+        """Which steps are there, of these sources and of a task that is asked for: (N,) bool."""
+        may: np.ndarray = self.is_there(steps) & (self.task[self.fragment[steps]] >= 0)
+        return may & np.isin(self.source[steps], sources)
+
     def drop(self, first: int, end: int) -> None:
         """Takes the fragments from ``first`` up to ``end`` out: their steps are not drawn any more. In proportion to all."""
         start, count = self.span(first, end)

@@ -91,7 +91,7 @@ class Sampler:
         self.skipped_tasks: collections.Counter[str] = collections.Counter()
         self._labels = LabelReader(folder, self.skipped_fragments)
         self.index = StepIndex(task_names)
-        self._maker, self._feedback = WindowMaker(self.index), Feedback()
+        self._maker, self._feedback = WindowMaker(self.index), Feedback(self.index)
         self._residency, self._team = Residency(mapped_bytes), Team(threads)
         self._arenas: tuple[Arena, ...] = ()
         self._segments: dict[int, _Taken] = {}
@@ -171,7 +171,7 @@ class Sampler:
         names = set(needs.filter.tasks or self.index.task_names)
         tasks = {number for number, name in enumerate(self.index.task_names) if name in names}
         pools = {key: pool.view for key, pool in self.index.pools.items() if key[1] in tasks}
-        scores = self._feedback.scores(needs, self.index.end, self._spans)
+        scores = self._feedback.scores(needs, self._spans)
         accept = both(passing(self.index, needs.filter, newest_version), None if scores is None else scores.accept)
         cached = None if self._cache is None else self._cached(needs, self._cache)
         rng = np.random.default_rng([self._seed, step])
@@ -327,10 +327,12 @@ class Sampler:
                 arenas[taken.arena] = Arena(np.empty(0, np.uint8))  # the file is let go of when no draw needs it any more
                 self._arenas = tuple(arenas)
         if self.index.gaps and self.index.num_rows > max(ROWS_A_STEP * self.index.num_there, ROWS_MIN):
+            self._feedback.grow()
             moved = renumber(self.index)
-            self._feedback.move(moved.steps, moved.first_step)
+            self._feedback.move(moved.steps)
             for taken in self._segments.values():
                 taken.runs = [(moved.fragment(first), moved.fragment(end - 1) + 1) for first, end in taken.runs]
+        self._feedback.release()
 
     def _cached(self, needs: BatchNeeds, cache: ImageCache) -> Accept | None:
         """Which steps have all their images in the cache; None where none are encoded."""

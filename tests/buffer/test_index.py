@@ -124,13 +124,18 @@ def test_steps_that_retention_takes_are_not_drawn_and_what_it_keeps_stays_whole(
     assert not renumbered or follower.index.num_rows == follower.index.num_there
 
 
+def scores_in(sampler):
+    (scores,) = sampler._feedback._scores.values()
+    return scores
+
+
 def chance_by_step(sampler, needs):
     """(robot, boot, episode), frame -> the chance that a proposal of this step is kept."""
     sampler.draw(needs, 0)
     index = sampler.index
     steps = np.concatenate([pool.view for pool in index.pools.values()])
     keys = [index.episodes.keys[episode] for episode in index.episode[index.fragment[steps]]]
-    chances = sampler._feedback._scores[needs.priority].accept(steps).tolist()
+    chances = scores_in(sampler).accept(steps).tolist()
     return dict(zip(zip(keys, index.frame(steps).tolist(), strict=True), chances, strict=True))
 
 
@@ -160,7 +165,7 @@ def test_scores_follow_their_steps_through_a_restart_after_retention(tmp_path, r
     assert 0 < gone.sum() < len(gone)
     follower.feed_back(windows, np.where(gone, 1e6, 1.0))
     there = np.concatenate([pool.view for pool in follower.index.pools.values()])
-    assert follower._feedback._scores[needs.priority].accept(there).max() == 1, "gone steps do not hold the others down"
+    assert scores_in(follower).accept(there).max() == 1, "gone steps do not hold the others down"
 
 
 def test_a_gone_step_with_the_highest_score_does_not_hold_the_others_down(tmp_path, renumbered):
@@ -175,7 +180,30 @@ def test_a_gone_step_with_the_highest_score_does_not_hold_the_others_down(tmp_pa
     follower.poll()
     follower.draw(needs, 1)
     steps = np.arange(end)
-    assert follower._feedback._scores[needs.priority].accept(steps[follower.index.is_there(steps)]).max() == 1
+    assert scores_in(follower).accept(steps[follower.index.is_there(steps)]).max() == 1
+
+
+def test_steps_that_are_never_drawn_do_not_hold_the_others_down(tmp_path):
+    recorder = Recorder(tmp_path)
+    recorder.fragment(0, 0, [D] * 20, opened={})
+    recorder.fragment(1, 0, [P] * 20, opened={})
+    recorder.fragment(0, 1, [D] * 20, opened={}, task="other")
+    recorder.commit()
+    needs = BatchNeeds(200, 1, (STATE,), {(Source.DEMO,): 1.0}, priority=Priority(1.0, 1.0))
+    sampler = sampler_of(tmp_path)
+    for step in range(3):
+        windows = sampler.batch(needs, step)
+        sampler.feed_back(windows, np.full(200, 0.01))
+    assert len(np.unique(windows.step_B)) == 20
+    restarted = sampler_of(tmp_path)
+    restarted.load_state(sampler.state())
+    for which in (sampler, restarted):
+        windows = which.batch(needs, 3)
+        assert scores_in(which).accept(windows.step_B).min() == 1
+        which.feed_back(windows, np.full(200, 0.001))
+        assert scores_in(which).accept(windows.step_B).min() == 1
+    sampler.feed_back(sampler.batch(dataclasses.replace(needs, shares=ALL, priority=None), 4), np.full(200, 9.0))
+    sampler.draw(dataclasses.replace(needs, shares=ALL), 5)  # whose scores are others
 
 
 def test_losses_move_an_adaptive_mixture_and_are_kept(tmp_path):

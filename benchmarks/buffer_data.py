@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 
 from actors.fragments import encode_rows
+from buffer import sidecar
 from buffer.ingest import Ingest
 from buffer.log import Log
+from buffer.manifest import live_segments
+from fleet.files import Files
 from fleet.images import encode
 from fleet.robot import Source
 from fleet.spec import Feature, RobotSpec
@@ -93,7 +96,8 @@ class Robot:
 
 
 def fill_log(folder: Path, num_steps: int, codec: str = "raw", boot_id: str = "0" * 16) -> None:
-    """Writes ``num_steps`` steps of one robot into a log, past the wire, as ingest stores them."""
+    """Writes ``num_steps`` steps of one robot into a log, past the wire, as ingest stores them; and the
+    sidecars, as the keeper makes them."""
     robot, log = Robot("robot-0", boot_id, codec), Log(folder)
     ingest = Ingest(log)
     first = ingest.admit(robot.robot_id, boot_id, robot.spec) + 1
@@ -105,3 +109,6 @@ def fill_log(folder: Path, num_steps: int, codec: str = "raw", boot_id: str = "0
             ingest.commit()
     ingest.commit()
     log.close()
+    for name in live_segments(folder):
+        if not name.index_path.exists():
+            sidecar.write(Files(), folder, name)

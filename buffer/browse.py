@@ -18,7 +18,7 @@ import numpy as np
 from buffer import sidecar
 from buffer.labels import EpisodeKey, Judged, Label, LabelReader, label_of
 from buffer.manifest import live_segments
-from buffer.parts import IndexPart, PartBuilder
+from buffer.parts import IndexPart
 from buffer.reader import SegmentMap, map_segment
 from buffer.segment import SegmentName, SegmentState, read_state_file
 from fleet.errors import EpisodeError, FragmentRefused
@@ -117,17 +117,7 @@ def parts(buffer: Path, names: Iterable[SegmentName] | None = None) -> Iterator[
         if state is None or segment is None:
             continue
         loaded = sidecar.load(name, state.length) if state.sealed else None
-        yield Part(name, state, segment, _made(segment, state.length) if loaded is None else loaded)
-
-
-def _made(segment: SegmentMap, length: int) -> IndexPart:
-    records, num_damaged = sidecar.records_of(segment, length)
-    builder = PartBuilder(segment.address, len(segment.bytes))
-    for record in records:
-        builder.add(record)
-    part = builder.build()
-    part.num_damaged = num_damaged
-    return part
+        yield Part(name, state, segment, sidecar.make(segment, state.length) if loaded is None else loaded)
 
 
 def read_episodes(buffer: Path, see: Callable[[Part], None] = lambda part: None) -> list[Episode]:

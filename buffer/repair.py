@@ -16,7 +16,6 @@ from buffer.labels import labels_folder
 from buffer.log import Log
 from buffer.manifest import FILE_NAME as MANIFEST
 from buffer.manifest import Entry, Manifest, facts_of, load_manifest, pick_live
-from buffer.parts import PartBuilder
 from buffer.reader import SegmentMap, map_segment
 from buffer.retention import Upkeep
 from buffer.segment import SegmentName, list_segments, read_state_file
@@ -140,13 +139,7 @@ def _repair_sidecars(files: Files, folder: Path, sealed: dict[str, int], add: Ad
 
 
 def _sidecar_of(segment: SegmentMap, length: int) -> bytes:
-    records, num_damaged = sidecar.records_of(segment, length)
-    builder = PartBuilder(segment.address, len(segment.bytes))
-    for record in records:
-        builder.add(record)
-    part = builder.build()
-    part.num_damaged = num_damaged
-    return sidecar.to_bytes(part, segment.name, length)
+    return sidecar.to_bytes(sidecar.make(segment, length), segment.name, length)
 
 
 class _ReadOnly(Files):

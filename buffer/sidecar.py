@@ -43,14 +43,8 @@ def write(files: Files, folder: Any, name: SegmentName) -> bool:
         state, segment = read_state_file(name.state_path), map_segment(name)
     if state is None or not state.sealed or segment is None:
         return False
-    records, num_damaged = records_of(segment, state.length)
-    builder = PartBuilder(segment.address, len(segment.bytes))
-    for record in records:
-        builder.add(record)
-    part = builder.build()
-    part.num_damaged = num_damaged
     with storage_errors(f"writing {path_of(name)}"):
-        files.write_atomic(path_of(name), to_bytes(part, name, state.length))
+        files.write_atomic(path_of(name), to_bytes(make(segment, state.length), name, state.length))
     return True
 
 
@@ -66,6 +60,17 @@ def load(name: SegmentName, length: int) -> IndexPart | None:
     if (record.key.get("version"), record.key.get("number"), record.key.get("length")) != (_VERSION, name.number, length):
         return None
     return _from_payload(pa.py_buffer(data).slice(record.payload_at, record.payload_length), record.key)
+
+
+def make(segment: SegmentMap, length: int) -> IndexPart:
+    """The index part of a segment, from the segment itself."""
+    records, num_damaged = records_of(segment, length)
+    builder = PartBuilder(segment.address, len(segment.bytes))
+    for record in records:
+        builder.add(record)
+    part = builder.build()
+    part.num_damaged = num_damaged
+    return part
 
 
 def records_of(segment: SegmentMap, length: int) -> tuple[list[LogRecord], int]:

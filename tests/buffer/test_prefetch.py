@@ -156,7 +156,7 @@ def test_batches_are_ready_before_they_are_asked_for(make):
     for step in range(1, 6):
         until(lambda: prefetcher.num_ready == 2, "two batches are ahead")
         prefetcher._sampler.gate.clear()  # nothing can be gathered now
-        prefetcher.batch(NEEDS, step)
+        assert len(prefetcher.batch(NEEDS, step).actions_BHA) == NEEDS.batch_size
         prefetcher._sampler.gate.set()
 
 

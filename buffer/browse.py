@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from buffer import sidecar
-from buffer.labels import EpisodeKey, Judged, Label, LabelReader, label_of
+from buffer.labels import Judged, Label, LabelReader, label_of
 from buffer.manifest import live_segments
 from buffer.parts import IndexPart
 from buffer.reader import SegmentMap, map_segment
-from buffer.segment import SegmentName, SegmentState, read_state_file
+from buffer.segment import EpisodeKey, SegmentName, SegmentState, read_state_file
 from fleet.errors import EpisodeError, FragmentRefused
-from fleet.robot import Source
+from fleet.robot import SOURCE_NAMES, Source
 from fleet.schema import Fragment, decode_fragment
 
 OPEN = "open"
@@ -85,7 +84,7 @@ class Episode:
         """Plain data, for scripts."""
         fields: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         robot, boot, episode = fields.pop("key")
-        named = {source.name.lower(): count for source, count in zip(Source, self.by_source, strict=True)}
+        named = dict(zip(SOURCE_NAMES, self.by_source, strict=True))
         history = [dataclasses.asdict(label) for label in self.labels]
         judged = {"outcome": self.outcome, "excluded": self.excluded, "finished": self.finished}
         key = {"name": self.name, "robot": robot, "boot": boot, "episode": episode}
@@ -274,9 +273,3 @@ def fragments_of(buffer: Path, episode: Episode) -> Iterator[Fragment]:
 def _speaks_of(fragment: Fragment, episode_id: int) -> bool:
     tables = (fragment.tables[name] for name in ("steps", "chunks", "episodes") if name in fragment.tables)
     return any(episode_id in table.column("episode_id").to_pylist() for table in tables)
-
-
-@functools.cache
-def source_names() -> tuple[str, ...]:
-    """By fleet.robot.Source."""
-    return tuple(source.name.lower() for source in Source)

@@ -10,10 +10,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from buffer.manifest import Entry, EpisodeKey, facts_of, source_bits
+from buffer.manifest import Entry, facts_of, source_bits
 from buffer.segment import (
     KIND_FRAGMENT,
     KIND_HEADER,
+    EpisodeKey,
     SegmentName,
     SegmentState,
     mapped,

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from buffer.columns import Column
-from buffer.labels import EpisodeKey, Judged, Label
+from buffer.labels import Judged, Label
+from buffer.segment import EpisodeKey
 from fleet.batch import Outcome
 
 _OUTCOMES = {outcome.name.lower(): outcome for outcome in Outcome if outcome is not Outcome.OPEN}

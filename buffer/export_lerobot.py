@@ -30,9 +30,10 @@ from buffer.format_lerobot import (
     load_lerobot,
     whole_fps,
 )
-from buffer.labels import AFTERWARDS, BY_ROBOT, EpisodeKey, Judged, LabelReader, label_of
+from buffer.labels import AFTERWARDS, BY_ROBOT, Judged, LabelReader, label_of
 from buffer.log import load_spec
 from buffer.reader import LogReader, LogRecord
+from buffer.segment import EpisodeKey
 from fleet.errors import DatasetError, NoData
 from fleet.files import storage_errors
 from fleet.images import decode

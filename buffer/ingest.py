@@ -16,13 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from buffer.log import Log
+from buffer.segment import BootKey
 from fleet.errors import FragmentRefused, StorageError
 from fleet.journal import Journal
-from fleet.robot import Source
+from fleet.robot import SOURCE_NAMES, Source
 from fleet.schema import OUTCOMES, Fragment, check_fragment, decode_fragment
 from fleet.spec import RobotSpec
-
-BootKey = tuple[str, str]
 
 _JUMP_NS = 1_000_000_000  # clocks that differ by less are taken as right
 _OLDEST_NS = 30 * 24 * 3600 * 1_000_000_000  # what has waited in a spool for longer is no latency
@@ -191,7 +190,7 @@ class Ingest:
         robot, boot = item.key
         self.stats.fragments += 1
         self.stats.bytes += item.num_bytes
-        by_source = {source_name(int(s)): int(n) for s, n in zip(*np.unique(item.sources, return_counts=True), strict=True)}
+        by_source = {SOURCE_NAMES[s]: int(n) for s, n in zip(*np.unique(item.sources, return_counts=True), strict=True)}
         for source, count in by_source.items():
             self.stats.steps[robot, source] += count
         jumps = self._clock_jumps(item, now_ns) if len(item.time_ns) else 0
@@ -211,11 +210,6 @@ class Ingest:
         self._ahead_ns[item.key] = int(ahead_ns[-1])
         jumps = np.count_nonzero((steps_ns > _JUMP_NS) | (steps_ns < -_JUMP_NS))
         return int(jumps) + bool((item.time_ns > now_ns + _JUMP_NS).any())
-
-
-def source_name(source: int) -> str:
-    """ "policy", "operator", "script" or "demo"."""
-    return Source(source).name.lower()
 
 
 def latencies_ms(time_ns: np.ndarray, now_ns: int) -> list[float]:
@@ -298,7 +292,7 @@ def _add_steps(before: Progress, steps: pa.RecordBatch) -> Progress:
 
 def _closed_fields(row: dict[str, Any], progress: Progress) -> dict[str, Any]:
     names = ("episode_id", "task", "outcome", "judge", "length", "first_version", "last_version")
-    source = source_name(int(np.argmax(progress.steps_by_source)))
+    source = SOURCE_NAMES[int(np.argmax(progress.steps_by_source))]
     return {**{name: row[name] for name in names}, "operator_steps": progress.operator_steps, "source": source}
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from buffer.log import Log
 from buffer.reader import LogReader
+from buffer.segment import EpisodeKey
 from fleet.batch import Outcome
 from fleet.errors import EpisodeError, FragmentRefused, RunFolderError
 from fleet.lookup import nearest
@@ -33,8 +34,6 @@ SEGMENT_BYTES = 1024 * 1024
 WRITER = ("labels", "labels")  # instead of robot and boot; the keys of this log are gapless like those of the first
 _ROWS = 5000  # of one fragment
 _RETRY_S = 0.05
-
-EpisodeKey = tuple[str, str, int]  # robot_id, boot_id, episode_id
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,7 +65,7 @@ class BufferConfig:
     """Size of one file of the log."""
 
     def check(self) -> None:
-        from buffer.manifest import SOURCES
+        from fleet.robot import SOURCE_NAMES
 
         for name in ("max_gb", "max_age_h", "grace_s", "warn_free_gb", "min_free_gb"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -73,8 +73,12 @@ class BufferConfig:
         if not 1 <= self.segment_mb <= 4096:
             raise ConfigError(f"segment_mb = {self.segment_mb}", rule="1 to 4096")
         for source in self.protect:
-            if source not in SOURCES:
-                raise ConfigError(f"protect = {self.protect}", rule=f"sources of {SOURCES}", remedy=nearest(source, SOURCES))
+            if source not in SOURCE_NAMES:
+                raise ConfigError(
+                    f"protect = {self.protect}",
+                    rule=f"sources of {SOURCE_NAMES}",
+                    remedy=nearest(source, SOURCE_NAMES),
+                )
         if 0 < self.max_gb * 1000 < 4 * self.segment_mb:
             raise ConfigError(
                 f"max_gb = {self.max_gb}",

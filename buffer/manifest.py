@@ -22,6 +22,7 @@ from typing import Any
 from buffer.segment import (
     KIND_FRAGMENT,
     KIND_HEADER,
+    EpisodeKey,
     SegmentName,
     list_segments,
     mapped,
@@ -29,13 +30,10 @@ from buffer.segment import (
 )
 from fleet.files import Files, storage_errors
 from fleet.record import Damage, Record, crc32c, payload_intact, scan
-from fleet.robot import Source
+from fleet.robot import SOURCE_NAMES
 
 FILE_NAME = "manifest.json"
 _VERSION = 1
-SOURCES = tuple(source.name.lower() for source in Source)
-
-EpisodeKey = tuple[str, str, int]  # robot_id, boot_id, episode_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +95,10 @@ class Entry:
         """As JSON; made once, because a manifest of thousands of entries is written whenever one is added."""
         return json.dumps(self.to_dict())
 
+    def agrees_with(self, facts: Entry) -> bool:
+        """Whether this is what the segment says, but for what retention notes down without a new file."""
+        return dataclasses.replace(facts, kept_for=self.kept_for, num_damaged=self.num_damaged) == self
+
     def to_dict(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {**fields, "boots": [dataclasses.astuple(part) for part in self.boots]}
@@ -142,9 +144,6 @@ class Manifest:
             return None
         segments = tuple(Entry.from_dict(fields) for fields in content["segments"])
         return cls(segments, tuple(Retired(**fields) for fields in content["retired"]))
-
-    def by_number(self) -> dict[int, Entry]:
-        return {entry.number: entry for entry in self.segments}
 
 
 def load_manifest(folder: Path) -> Manifest | None:
@@ -227,7 +226,7 @@ class _Facts:
 
     def __init__(self, name: SegmentName) -> None:
         self._name = name
-        self._counts = [0] * len(SOURCES)
+        self._counts = [0] * len(SOURCE_NAMES)
         self._fragments = self._labels = self._damaged = self._generation = 0
         self._times: list[int] = []
         self._has_marks = False
@@ -270,7 +269,7 @@ class _Facts:
             generation=self._generation,
             num_fragments=self._fragments,
             num_steps=sum(self._counts),
-            by_source={name: count for name, count in zip(SOURCES, self._counts, strict=True) if count},
+            by_source={name: count for name, count in zip(SOURCE_NAMES, self._counts, strict=True) if count},
             num_labels=self._labels,
             first_recv_ns=self._times[0] if self._times else 0,
             last_recv_ns=self._times[-1] if self._times else 0,

@@ -15,7 +15,7 @@ from buffer import sidecar
 from buffer.labels import labels_folder
 from buffer.log import Log
 from buffer.manifest import FILE_NAME as MANIFEST
-from buffer.manifest import Entry, Manifest, facts_of, load_manifest, pick_live
+from buffer.manifest import Manifest, facts_of, load_manifest, pick_live
 from buffer.reader import SegmentMap, map_segment
 from buffer.retention import Upkeep
 from buffer.segment import SegmentName, list_segments, read_state_file
@@ -88,7 +88,7 @@ def _repair_manifest(files: Files, folder: Path, sealed: dict[str, int], add: Ad
             continue
         if entry is None:
             missing.append(name.path.name)
-        elif not _agrees(entry, facts_of(name, length)):
+        elif not entry.agrees_with(facts_of(name, length)):
             wrong.append(name.path.name)
     if stored is not None and not (wrong or missing or entries):
         return
@@ -103,11 +103,6 @@ def _repair_manifest(files: Files, folder: Path, sealed: dict[str, int], add: Ad
     if upkeep.errors:
         raise upkeep.errors[0]
     add(MANIFEST, why)
-
-
-def _agrees(entry: Entry, facts: Entry) -> bool:
-    """Whether an entry is what the segment says, but for what retention notes down without a new file."""
-    return dataclasses.replace(facts, kept_for=entry.kept_for, num_damaged=entry.num_damaged) == entry
 
 
 def _sealed_length(name: SegmentName, sealed: dict[str, int]) -> int | None:

@@ -23,9 +23,7 @@ from pathlib import Path
 from buffer.compaction import compact
 from buffer.manifest import (
     FILE_NAME,
-    SOURCES,
     Entry,
-    EpisodeKey,
     Manifest,
     Retired,
     border_episodes,
@@ -34,9 +32,10 @@ from buffer.manifest import (
     pick_live,
     store_manifest,
 )
-from buffer.segment import SegmentName, list_segments, read_header, read_state_file
+from buffer.segment import EpisodeKey, SegmentName, list_segments, read_header, read_state_file
 from fleet.errors import StorageError
 from fleet.files import Files, FolderLock, storage_errors
+from fleet.robot import SOURCE_NAMES
 
 PROTECTED = ("demo", "operator")
 DROP, COMPACT = "drop", "compact"
@@ -59,7 +58,7 @@ class Limits:
 
     @property
     def source_bits(self) -> int:
-        return sum(1 << SOURCES.index(name) for name in self.protect)
+        return sum(1 << SOURCE_NAMES.index(name) for name in self.protect)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ read: at once or in bits, from sidecars or from the fragments, in whichever proc
 that saw it happen has the same steps in another order than one that began later.) An episode that still goes on is
 sampled as it is: a window at its newest steps is shorter until the rest arrives.
 
-Checksums of payloads are verified where the log is followed record by record, and when a sidecar is made; not of sealed
-segments that have none yet, so that a start does not read the whole log.
+Checksums of payloads are verified where a segment itself is read, and when its sidecar is made; what a sidecar knows is
+not read again at a start.
 
 Shape suffixes: B batch, H actions in a window, W steps of a walk.
 """
@@ -133,16 +133,16 @@ class Sampler:
         while limit is None and (name := self._reader.next_sealed()) is not None:
             self._drop(self._reader.take_retired())
             segment, length = self._reader.opened(name)
-            part = sidecar.load(name, length)
-            if segment is None or part is None:
-                records, damaged = ([], 0) if segment is None else sidecar.records_of(segment, length)
-                self._take_records(records, say=self._caught_up)
-                self._num_damaged += damaged
-                self._reader.pass_over(name, len(records))
-            else:
-                self._take_part(part, segment, say=self._caught_up)
-                self._num_damaged += part.num_damaged
-                self._reader.pass_over(name, part.num_records)
+            if segment is None:
+                self._reader.pass_over(name, 0)
+                continue
+            stored = sidecar.load(name, length)
+            part = sidecar.make(segment, length) if stored is None else stored
+            self._take_part(part, segment, say=self._caught_up)
+            self._num_damaged += part.num_damaged
+            if stored is None:
+                self._residency.touched(length, self._arenas)
+            self._reader.pass_over(name, part.num_records)
         records = self._reader.poll(limit)
         self._drop(self._reader.take_retired())
         self._take_records(records, say=True)

@@ -38,6 +38,7 @@ _STATE_MAGIC = b"FLS1"
 STATE_BYTES = _STATE.size + _CHECK.size
 
 BootKey = tuple[str, str]  # robot_id, boot_id
+EpisodeKey = tuple[str, str, int]  # robot_id, boot_id, episode_id
 
 
 @dataclasses.dataclass(frozen=True)

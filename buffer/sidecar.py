@@ -25,11 +25,6 @@ _NAMES = ("fragments", "steps", "chunks", "places", "offsets")
 _ROWS = ("episodes", "labels")
 
 
-def path_of(name: SegmentName) -> Any:
-    """Where the sidecar of a segment lies."""
-    return name.path.with_suffix(".index")
-
-
 def write(files: Files, folder: Any, name: SegmentName) -> bool:
     """Makes the sidecar of a sealed segment, durably.
 
@@ -43,15 +38,15 @@ def write(files: Files, folder: Any, name: SegmentName) -> bool:
         state, segment = read_state_file(name.state_path), map_segment(name)
     if state is None or not state.sealed or segment is None:
         return False
-    with storage_errors(f"writing {path_of(name)}"):
-        files.write_atomic(path_of(name), to_bytes(make(segment, state.length), name, state.length))
+    with storage_errors(f"writing {name.index_path}"):
+        files.write_atomic(name.index_path, to_bytes(make(segment, state.length), name, state.length))
     return True
 
 
 def load(name: SegmentName, length: int) -> IndexPart | None:
     """The index part of a sealed segment of this length; None where the sidecar is missing, damaged or another's."""
     try:
-        data = path_of(name).read_bytes()
+        data = name.index_path.read_bytes()
     except OSError:
         return None
     record = parse(data, 0, len(data), name.salt)

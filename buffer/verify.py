@@ -292,9 +292,7 @@ class _LogCheck:
 
     def _compare_entry(self, name: SegmentName, state: SegmentState, entry: Entry) -> None:
         facts = facts_of(name, state.length)
-        # Retention notes down what it has looked at without a new file.
-        facts = dataclasses.replace(facts, kept_for=entry.kept_for, num_damaged=entry.num_damaged)
-        if facts != entry:
+        if not entry.agrees_with(facts):
             self._fault(MANIFEST_FAULT, f"its entry of {name.path.name} is not what the segment says", segment=MANIFEST)
 
     def _missing_before(self, boot: BootKey, seq: int, segment: int) -> None:

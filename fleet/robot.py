@@ -33,6 +33,10 @@ class Source(enum.IntEnum):
     DEMO = 3
 
 
+SOURCE_NAMES = tuple(source.name.lower() for source in Source)
+"""As people read and write them, by number."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Feedback:
     """What came of one action.

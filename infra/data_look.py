@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from buffer.browse import Episode, find_episodes, read_episodes, source_names
+from buffer.browse import Episode, find_episodes, read_episodes
 from buffer.frames import Frame, read_frames
 from buffer.stats import FeatureSize, Group, Stats, read_stats
 from fleet.errors import EpisodeError
-from fleet.robot import Source
+from fleet.robot import SOURCE_NAMES, Source
 from fleet.runfolder import RunFolder
 from infra.plots import contact_sheet
 from infra.tables import console, table
@@ -202,7 +202,7 @@ def _episode_facts(episode: Episode) -> Iterable[tuple[str, object]]:
 
 
 def _by_source(episode: Episode) -> dict[str, int]:
-    return {name: count for name, count in zip(source_names(), episode.by_source, strict=True) if count}
+    return {name: count for name, count in zip(SOURCE_NAMES, episode.by_source, strict=True) if count}
 
 
 def _frame_row(frame: Frame, start_ns: int) -> tuple[Any, ...]:
@@ -210,4 +210,4 @@ def _frame_row(frame: Frame, start_ns: int) -> tuple[Any, ...]:
     action = " ".join(f"{x:.3g}" for x in frame.action[:8]) + (" ..." if len(frame.action) > 8 else "")
     version = frame.version if frame.version >= 0 else "-"
     seconds = f"{(frame.time_ns - start_ns) / 1e9:.2f}"
-    return frame.index, seconds, source_names()[frame.source], frame.operator_id, version, f"{frame.reward:g}", end, action
+    return frame.index, seconds, SOURCE_NAMES[frame.source], frame.operator_id, version, f"{frame.reward:g}", end, action

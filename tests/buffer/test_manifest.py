@@ -61,7 +61,8 @@ def test_a_manifest_comes_back_as_it_was_and_any_damage_is_seen(tmp_path):
     manifest = entered(tmp_path).manifest
     manifest = dataclasses.replace(manifest, retired=(Retired(9, "x.seg", 5, 7, "age"),))
     store_manifest(Files(), tmp_path, manifest)
-    assert load_manifest(tmp_path) == manifest and manifest.by_number()[1].file == list_segments(tmp_path)[0].path.name
+    by_number = {entry.number: entry for entry in manifest.segments}
+    assert load_manifest(tmp_path) == manifest and by_number[1].file == list_segments(tmp_path)[0].path.name
     data = manifest.to_bytes()
     for at in range(0, len(data), 7):
         bad = bytearray(data)

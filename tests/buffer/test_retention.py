@@ -194,7 +194,7 @@ def test_damage_in_what_is_to_be_kept_leaves_the_segment_as_it_is(tmp_path):
         file.write(b"\xff\x00\xff")
     prune(tmp_path, LATER, dry_run=False)
     assert victim.segment.name in live_segments(tmp_path)
-    assert load_manifest(tmp_path).by_number()[victim.segment.number].num_damaged == 1
+    assert {e.number: e for e in load_manifest(tmp_path).segments}[victim.segment.number].num_damaged == 1
     assert prune(tmp_path, LATER, dry_run=False) == []
 
 

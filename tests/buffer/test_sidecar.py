@@ -100,7 +100,7 @@ def test_a_damaged_or_foreign_sidecar_is_passed_over(recorded, scale):
     for name in names:
         sidecar.write(Files(), recorded, name)
     name = names[1]
-    path, length = sidecar.path_of(name), read_state_file(name.state_path).length
+    path, length = name.index_path, read_state_file(name.state_path).length
     whole = path.read_bytes()
     for _ in range(60 * scale):
         data = bytearray(whole)
@@ -112,7 +112,7 @@ def test_a_damaged_or_foreign_sidecar_is_passed_over(recorded, scale):
         path.write_bytes(data)
         part = sidecar.load(name, length)
         assert part is None or checked(bytes(data), name) == checked(whole, name)
-    path.write_bytes(sidecar.path_of(names[0]).read_bytes())
+    path.write_bytes(names[0].index_path.read_bytes())
     assert sidecar.load(name, length) is None, "another segment's"
     path.write_bytes(whole)
     assert sidecar.load(name, length) is not None and sidecar.load(name, length - 64) is None, "of another length"
@@ -132,7 +132,7 @@ def test_an_unsealed_segment_has_no_sidecar(tmp_path):
     recorder.fragment(0, 0, [0, 0], opened={})
     recorder.commit()
     (name,) = list_segments(tmp_path)
-    assert not sidecar.write(Files(), tmp_path, name) and not sidecar.path_of(name).exists()
+    assert not sidecar.write(Files(), tmp_path, name) and not name.index_path.exists()
     recorder.close()
     assert sidecar.write(Files(), tmp_path, name)
 

@@ -1,35 +1,18 @@
 """`fleet up`, `fleet join`, `fleet sim`, `fleet status` as a user types them; `fleet up` is killed and gone on with."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from buffer.reader import LogReader
 from fleet.journal import read_journal
 from fleet.server.releases import ReleaseStore
+from tests.command_line import ROOT, fleet
 
-ROOT = Path(__file__).parents[2]
-ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 QUICK = ["learner.min_size_to_sample=50", "learner.start_steps=100", "learner.checkpoint_every=50", "learner.publish_every=25"]
-
-
-def fleet(*arguments):
-    """Starts a command of the command line in the background, in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "infra.cli", *map(str, arguments)],
-        env=ENV,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def wait_until(condition, timeout_s):

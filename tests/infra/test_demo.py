@@ -4,17 +4,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from fleet.journal import read_journal
 from fleet.server.releases import ReleaseStore
+from tests.command_line import ROOT, fleet
 
-ROOT = Path(__file__).parents[2]
-ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 SMALL = [
     "demo.num_robots=2",
     "demo.demonstrations=4",
@@ -24,18 +21,6 @@ SMALL = [
     "learner.min_size_to_sample=50",
     "learner.start_steps=100",
 ]
-
-
-def fleet(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "infra.cli", *map(str, arguments)],
-        env=ENV,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def lines(run, name, kind):

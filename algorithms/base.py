@@ -46,6 +46,8 @@ class Batch:
     return_B: Tensor
     weight_B: Tensor
     replay: dict[str, Tensor]
+    index_B: Tensor
+    shard_weight: float
 
 
 @dataclasses.dataclass
@@ -87,6 +89,25 @@ class Algorithm(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def noise_of(policy: Any, batch: Batch, batch_size: int, seed: int, step: int, stream: int = 0) -> Any:
+    """A policy's noise for some rows of a batch, as a function of (seed, step, stream, row): the same however the batch is
+    split over micro-batches and ranks.
+
+    Args:
+        batch_size: Rows of the whole batch, of which ``batch.index_B`` says which are here.
+    """
+    noise, rows = policy.noise(batch_size, generator(seed, step, stream)), batch.index_B
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[rows.to(value.device)].to(rows.device)
+        if isinstance(value, Mapping):
+            return {key: cut(inner) for key, inner in value.items()}
+        return [cut(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+    return cut(noise)
 
 
 def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from algorithms.base import Batch, LossOutput, Part, generator
+from algorithms.base import Batch, LossOutput, Part, noise_of
 from algorithms.ema import Ema
 from algorithms.policies.base import Chunk
 from algorithms.windows import fill_with_last_action
@@ -64,7 +64,7 @@ class Bc:
 
     def loss(self, part: str, micro: Batch) -> LossOutput:
         """The mean over all valid actions of the batch."""
-        noise = self._policy.noise(len(micro.actions_BHA), generator(self.config.seed, self._step))
+        noise = noise_of(self._policy, micro, self.config.batch_size, self.config.seed, self._step)
         mask_BH = micro.mask_BH.float()
         loss_B = self._policy.imitation_loss(micro.obs, Chunk(micro.actions_BHA), mask_BH, noise)
         num_valid_B = mask_BH.sum(-1)

@@ -90,6 +90,8 @@ class WindowMaker:
             "outcome_B": episodes.outcome[episode_B],
             "return_B": returns.of(steps_B),
             "weight_B": np.ones(len(steps_B), np.float32),
+            "index_B": np.arange(len(steps_B)),
+            "shard_weight": 1.0,
         }
 
     def _reads(self, names: Sequence[str], steps: np.ndarray) -> dict[str, Read]:

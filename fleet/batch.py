@@ -171,6 +171,50 @@ class BatchNeeds:
                 raise ConfigError(f"a batch with {name} = {value!r}", rule=rule)
 
 
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Which rows of each batch a process makes, where several (ranks) share one update. Ranks of one shard of the buffer
+    stand next to each other.
+
+    Args:
+        rank: Of this process, from 0.
+        shards: Number of the shard that each rank reads, ascending from 0.
+
+    Raises:
+        ConfigError: ``rank`` is none of them, or shards are not in order.
+    """
+
+    rank: int = 0
+    shards: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        steps = [b - a for a, b in zip((0, *self.shards), self.shards, strict=False)]
+        if not 0 <= self.rank < len(self.shards) or self.shards[0] != 0 or not set(steps) <= {0, 1}:
+            raise ConfigError(f"rank {self.rank} with shards {self.shards}", rule="shards ascend from 0 without gaps")
+
+    @property
+    def shard(self) -> int:
+        """The shard that this rank reads."""
+        return self.shards[self.rank]
+
+    @property
+    def num_shards(self) -> int:
+        return self.shards[-1] + 1
+
+    def rows(self, batch_size: int) -> range:
+        """This rank's rows of a batch of all ranks; sizes of two ranks differ by one at most."""
+        return range(self._edge(self.rank, batch_size), self._edge(self.rank + 1, batch_size))
+
+    def shard_rows(self, batch_size: int) -> range:
+        """The rows of all ranks of this shard."""
+        first = self.shards.index(self.shard)
+        end = first + self.shards.count(self.shard)
+        return range(self._edge(first, batch_size), self._edge(end, batch_size))
+
+    def _edge(self, rank: int, batch_size: int) -> int:
+        return rank * batch_size // len(self.shards)
+
+
 @dataclasses.dataclass
 class Windows:
     """A batch of windows, a copy that the caller owns.
@@ -185,6 +229,10 @@ class Windows:
     return_B: discounted sum of the rewards from t to the episode's end, NaN while it is open.
     weight_B: importance weights of a prioritised draw, at most 1; else ones.
     replay: column name -> (B, ...), or (B, longest) padded with zeros for columns of lists.
+    index_B: row in the batch of all ranks, int64; 0 to B - 1 where there is one rank. Randomness that belongs to a sample
+    is a function of (seed, step, index).
+    shard_weight: factor of this rank's loss and weight, so that several unevenly filled shards together give each source
+    and task its share; 1.0 where there is one shard.
     """
 
     obs: dict[str, np.ndarray]
@@ -206,3 +254,5 @@ class Windows:
     return_B: np.ndarray
     weight_B: np.ndarray
     replay: dict[str, np.ndarray]
+    index_B: np.ndarray
+    shard_weight: float

@@ -166,7 +166,7 @@ class LearnerHandle:
     ) -> None:
         self._run, self._tables, self._rule = (
             run,
-            {n: tables[n] for n in ("learner", "policy", "algorithm", "start")},
+            {n: tables[n] for n in ("learner", "engine", "policy", "algorithm", "start")},
             rule or RestartRule(),
         )
         # Two threads: one answers while the other waits in stop(). Ray itself never restarts it, so the rule is in one place.

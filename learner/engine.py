@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -16,22 +17,55 @@ from algorithms.base import Algorithm, Batch, LossOutput
 from fleet.errors import LearnerError
 
 LossFunction = Callable[[str, Batch], LossOutput]
+Timed = Callable[[str], AbstractContextManager[None]]
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
-class Engine(Protocol):
-    """Owns the optimizers of an algorithm's parts."""
+def untimed(what: str) -> AbstractContextManager[None]:
+    """For who does not want to know how long something takes."""
+    return nullcontext()
 
-    def update(self, part: str, loss: LossFunction, batch: Batch) -> dict[str, float]:
-        """One update of one part. Returns ``loss``, ``grad_norm`` and the algorithm's stats as floats.
+
+class Engine(Protocol):
+    """Owns the optimizers of an algorithm's parts. With several ranks every method but ``per_sample`` is called by all of
+    them together; results are the same on every rank."""
+
+    def update(self, part: str, loss: LossFunction, batch: Batch, timed: Timed = untimed) -> dict[str, float]:
+        """One update of one part: the loss summed over micro-batches and ranks, divided by the weight summed alike, both
+        times ``batch.shard_weight``. Every other part is frozen meanwhile.
+
+        Args:
+            batch: The rows of this rank.
+            timed: Makes a context for "forward", "backward" and "optimizer".
+
+        Returns:
+            ``loss``, ``grad_norm``, ``weight`` and the algorithm's stats, of all ranks. ``grad_norm`` is before clipping.
 
         Raises:
-            LearnerError: The loss or a gradient is not finite. Nothing has been changed then.
+            LearnerError: The loss or a gradient is not finite, on every rank alike; nothing has been changed then. Or
+                there is not enough memory; the remedy names the settings that help.
         """
         ...
 
     def per_sample(self, part: str) -> Tensor:
-        """Losses of the samples of the part's last batch (B,), before that update; float32 on the CPU."""
+        """Losses of this rank's samples of the part's last batch (B,), before that update; float32 on the CPU."""
+        ...
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Inside, every part's parameters are whole on this rank and may be read: for averages, targets and releases."""
+        ...
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """Parameters (float32 where the engine keeps them so) and buffers of each part by name: whole, on the CPU where they
+        had to be put together, else the live ones."""
+        ...
+
+    def load_weights(self, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Takes what ``weights`` of any engine returned.
+
+        Raises:
+            LearnerError: It belongs to other parts, or has other names or shapes.
+        """
         ...
 
     def state(self) -> dict[str, Any]:
@@ -39,7 +73,7 @@ class Engine(Protocol):
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes what ``state`` returned.
+        """Takes what ``state`` of any engine returned.
 
         Raises:
             LearnerError: It belongs to other parts or parameters.
@@ -76,7 +110,7 @@ class TorchEngine:
             for name in self._trained
         }
 
-    def update(self, part: str, loss: LossFunction, batch: Batch) -> dict[str, float]:
+    def update(self, part: str, loss: LossFunction, batch: Batch, timed: Timed = untimed) -> dict[str, float]:
         """See Engine."""
         optimizer, parameters = self._optimizers[part], list(self._trained[part].values())
         optimizer.zero_grad(set_to_none=True)
@@ -127,6 +161,22 @@ class TorchEngine:
     def per_sample(self, part: str) -> Tensor:
         """See Engine. Copied when it is asked for."""
         return torch.cat(self._per_sample[part]).float().cpu()
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """See Engine."""
+        return nullcontext()
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """See Engine. The tensors are the live ones."""
+        return {name: module.state_dict() for name, module in self._modules.items()}
+
+    def load_weights(self, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """See Engine."""
+        for name, module in self._modules.items():
+            try:
+                module.load_state_dict(weights[name])
+            except (KeyError, RuntimeError) as error:
+                raise LearnerError(f"part {name!r} does not fit: {error}"[:500], rule="same modules, same shapes") from None
 
     def state(self) -> dict[str, Any]:
         """See Engine. The tensors are the live ones."""

@@ -137,8 +137,7 @@ class Loop:
                 remedy="put the algorithm back, or start a new run",
             )
         try:
-            for name, part in algorithm.parts.items():
-                part.module.load_state_dict(state["parts"][name])
+            engine.load_weights(state["parts"])
             algorithm.load_state_dict(state["algorithm"])
         except (KeyError, RuntimeError) as error:
             raise LearnerError(
@@ -287,7 +286,7 @@ class Loop:
     def _uploaded(self, value: Any) -> Any:
         if isinstance(value, dict):
             return {key: self._uploaded(inner) for key, inner in value.items()}
-        return self._upload(value)
+        return self._upload(value) if isinstance(value, np.ndarray) else value
 
     def _keep_up(self) -> None:
         """What is due between two updates."""
@@ -322,7 +321,7 @@ class Loop:
             return
         with self._timed("checkpoint"):
             algorithm, engine = self._trained()
-            parts = {name: part.module.state_dict() for name, part in algorithm.parts.items()}
+            parts = engine.weights()
             sampler = self._source.state()
             self._poll(force=True)  # what is behind this state is counted as inserted
             state = freeze(

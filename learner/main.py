@@ -9,7 +9,7 @@ from typing import Any
 
 from buffer.rate import RateLimiter
 from fleet.errors import ConfigError
-from fleet.lookup import check_settings, resolve
+from fleet.lookup import check_settings, nearest, resolve
 
 ALGORITHMS = {
     "bc": "algorithms.bc:Bc",
@@ -34,6 +34,12 @@ class LearnerConfig:
     """Updates between checkpoints."""
     keep_checkpoints: int = 3
     """Newest checkpoints that stay."""
+    keep_checkpoint_every_h: float = 0.0
+    """Of older ones, one in so many hours stays as well; 0: none."""
+    stop_within_s: float = 30.0
+    """Between SIGTERM and the last checkpoint on disk; who takes longer is killed and goes on from the one before."""
+    trace_steps: int = 0
+    """Updates of which logs/trace-RANK.json tells where the time went, for ui.perfetto.dev; 0: none."""
     keep_releases: int = 500
     """Newest releases that stay; 0 for all."""
     min_size_to_sample: int = 500
@@ -49,10 +55,6 @@ class LearnerConfig:
     """Threads that read and decode them."""
     image_cache_mb: int = 512
     """Memory for decoded images; 0: each is decoded whenever it is drawn."""
-    micro_batch: int = 0
-    """Samples in one backward pass; 0: the whole batch."""
-    max_grad_norm: float = 0.0
-    """Gradients are scaled down to this norm; 0: never."""
     num_threads: int = 1
     """torch's threads on the CPU; 0: torch's own choice."""
     metrics_port: int = 0
@@ -71,8 +73,9 @@ class LearnerConfig:
             "prefetch_depth": (0 <= self.prefetch_depth <= 64, "0 <= prefetch_depth <= 64"),
             "prefetch_workers": (1 <= self.prefetch_workers <= 64, "1 <= prefetch_workers <= 64"),
             "image_cache_mb": (self.image_cache_mb >= 0, "image_cache_mb >= 0"),
-            "micro_batch": (self.micro_batch >= 0, "micro_batch >= 0"),
-            "max_grad_norm": (self.max_grad_norm >= 0, "max_grad_norm >= 0"),
+            "keep_checkpoint_every_h": (self.keep_checkpoint_every_h >= 0, "keep_checkpoint_every_h >= 0"),
+            "stop_within_s": (self.stop_within_s > 0, "stop_within_s > 0"),
+            "trace_steps": (0 <= self.trace_steps <= 10_000, "0 <= trace_steps <= 10000"),
             "num_threads": (self.num_threads >= 0, "num_threads >= 0"),
             "metrics_port": (-1 <= self.metrics_port <= 65535, "-1, 0, or a port"),
         }
@@ -87,6 +90,95 @@ class LearnerConfig:
     def rate_limiter(self) -> RateLimiter:
         """How often it may draw what robots insert."""
         return RateLimiter(self.samples_per_insert, self.min_size_to_sample, self.error_buffer)
+
+
+ENGINES = ("auto", "torch", "ddp", "deepspeed")
+
+
+@dataclasses.dataclass
+class EngineConfig:
+    name: str = "auto"
+    """"torch": one rank. "ddp": every rank has all weights. "deepspeed": ZeRO. "auto": torch for one rank, else ddp."""
+    zero_stage: int = 1
+    """Of deepspeed. What ranks share among them: 0 nothing, 1 optimizer state, 2 gradients as well, 3 weights as well."""
+    shard_above: int = 0
+    """Parts with fewer parameters are kept whole on every rank (stage 0) whatever ``zero_stage`` says."""
+    dtype: str = "float32"
+    """"float32", or "bfloat16": forward and backward in bfloat16, averages and optimizer state in float32."""
+    micro_batch: int = 0
+    """Samples of a rank in one backward pass, gradients are summed over them; 0: all of its samples at once."""
+    max_grad_norm: float = 0.0
+    """Gradients are scaled down to this norm; 0: never."""
+    activation_checkpointing: bool = False
+    """Activations are computed again in the backward pass: less memory, about a third more time."""
+    offload_optimizer: bool = False
+    """Optimizer state lies in the CPU's memory. deepspeed, stages 1 to 3."""
+    compile: bool = False
+    """Whether each direct child of a trained module goes through torch.compile. Not with stage 3."""
+
+    def check(self) -> None:
+        """Raises ConfigError when a value is out of its range or two do not go together."""
+        zero = self.name == "deepspeed"
+        rules = {
+            "name": (self.name in ENGINES, f"one of {', '.join(ENGINES)}", nearest(self.name, ENGINES)),
+            "zero_stage": (0 <= self.zero_stage <= 3, "0, 1, 2 or 3", ""),
+            "shard_above": (self.shard_above >= 0, "shard_above >= 0", ""),
+            "dtype": (self.dtype in ("float32", "bfloat16"), "float32 or bfloat16", ""),
+            "micro_batch": (self.micro_batch >= 0, "micro_batch >= 0", ""),
+            "max_grad_norm": (self.max_grad_norm >= 0, "max_grad_norm >= 0", ""),
+            "offload_optimizer": (
+                not self.offload_optimizer or (zero and self.zero_stage >= 1),
+                "offloading needs engine.name=deepspeed and engine.zero_stage of 1 to 3",
+                "engine.name=deepspeed engine.zero_stage=1",
+            ),
+            "compile": (
+                not (self.compile and zero and self.zero_stage == 3),
+                "stage 3 moves weights between layers, which a compiled layer cannot see",
+                "engine.zero_stage=2, or engine.compile=false",
+            ),
+        }
+        for key, (holds, rule, remedy) in rules.items():
+            if not holds:
+                raise ConfigError(f"engine.{key} = {getattr(self, key)!r}", rule=rule, remedy=remedy)
+
+
+@dataclasses.dataclass
+class ClusterConfig:
+    ranks: int = 0
+    """Processes that train together; 0: one for each GPU of the cluster, or one where there is none."""
+    min_ranks: int = 1
+    """Training goes on with so many when nodes are lost; with fewer it waits for them."""
+    cpus_per_rank: float = 1.0
+    """CPUs that Ray reserves for a rank."""
+    gpus_per_rank: float = -1.0
+    """GPUs that Ray reserves for a rank; -1: one where the cluster has any and learner.device is not cpu."""
+    nodes: list[str] = dataclasses.field(default_factory=list)
+    """Names of the nodes that train, each with a gateway and a shard of the buffer; empty: as many as ``ranks`` need, this
+    node first. A node's name is Ray's, by default its address."""
+    node_folder: str = ""
+    """Where a node other than the first keeps its part of the run, {node} stands for its name, {run} for the run's;
+    empty: ~/.fleet-rl/{run}-{node}."""
+    rank_timeout_s: float = 120.0
+    """A rank that does not answer the others for so long is taken for dead."""
+    simulators: int = 0
+    """Simulated robots that Ray spreads over the cluster."""
+
+    def check(self) -> None:
+        """Raises ConfigError when a value is out of its range."""
+        rules = {
+            "ranks": (0 <= self.ranks <= 4096, "0 <= ranks <= 4096"),
+            "min_ranks": (
+                self.min_ranks >= 1 and (not self.ranks or self.min_ranks <= self.ranks),
+                f"1 <= min_ranks <= ranks = {self.ranks}",
+            ),
+            "cpus_per_rank": (self.cpus_per_rank >= 0, "cpus_per_rank >= 0"),
+            "gpus_per_rank": (self.gpus_per_rank == -1 or self.gpus_per_rank >= 0, "-1, or gpus_per_rank >= 0"),
+            "rank_timeout_s": (self.rank_timeout_s >= 1, "rank_timeout_s >= 1"),
+            "simulators": (self.simulators >= 0, "simulators >= 0"),
+        }
+        for key, (holds, rule) in rules.items():
+            if not holds:
+                raise ConfigError(f"cluster.{key} = {getattr(self, key)!r}", rule=rule)
 
 
 @dataclasses.dataclass
@@ -115,6 +207,8 @@ class StartConfig:
 
 LEARNER_TABLES: dict[str, type] = {
     "learner": LearnerConfig,
+    "engine": EngineConfig,
+    "cluster": ClusterConfig,
     "policy": PolicyConfig,
     "algorithm": AlgorithmConfig,
     "start": StartConfig,

@@ -31,7 +31,7 @@ from learner.checkpoint import Checkpoint, Checkpoints
 from learner.engine import Engine, TorchEngine
 from learner.feed import allocator
 from learner.loop import POLL_S, BatchSource, Loop, LoopSettings, Phase
-from learner.main import LearnerConfig, PolicyConfig, algorithm_class
+from learner.main import EngineConfig, LearnerConfig, PolicyConfig, algorithm_class
 from learner.progress import Progress
 from learner.publisher import Publisher
 from learner.skipped import COUNTED, Skipped
@@ -137,12 +137,13 @@ def make_loop(
 def make_phases(policy: Any, tables: Mapping[str, Any], device: torch.device) -> list[Phase]:
     """The start, if there is one, and the rest of the run."""
     config: LearnerConfig = tables["learner"]
+    own: EngineConfig = tables["engine"]
 
     def builder(where: str) -> Callable[[], tuple[Algorithm, Engine]]:
         def make() -> tuple[Algorithm, Engine]:
             cls = algorithm_class(tables[where], where)
             algorithm = cls(policy, cls.Config(**tables[where].config))
-            engine = TorchEngine(algorithm, device=device, micro_batch=config.micro_batch, max_grad_norm=config.max_grad_norm)
+            engine = TorchEngine(algorithm, device=device, micro_batch=own.micro_batch, max_grad_norm=own.max_grad_norm)
             return algorithm, engine
 
         return make

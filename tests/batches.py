@@ -22,6 +22,8 @@ def make_batch(obs, actions_BHA, *, mask_BH=None, **fields):
         "return_B": torch.full(shape[:1], np.nan),
         "weight_B": torch.ones(shape[0]),
         "replay": {},
+        "index_B": torch.arange(shape[0]),
+        "shard_weight": 1.0,
     }
     unknown = ("version_B", "step_B", "episode_B", "frame_B", "steps_to_go_B", "outcome_B")
     return Batch(obs=obs, actions_BHA=actions_BHA, **{**given, **dict.fromkeys(unknown, missing), **fields})

@@ -88,6 +88,8 @@ class MemorySource:
             return_B=np.full(needs.batch_size, np.nan, np.float32),
             weight_B=np.ones(needs.batch_size, np.float32),
             replay={},
+            index_B=np.arange(needs.batch_size),
+            shard_weight=1.0,
         )
 
 
@@ -170,8 +172,8 @@ def make_run(path: Path) -> RunFolder:
     return run
 
 
-def make_tables(**learner: Any) -> dict[str, Any]:
-    """Tables of a run with a small policy; ``learner`` overrides fields of LearnerConfig."""
+def make_tables(engine: dict[str, Any] | None = None, **learner: Any) -> dict[str, Any]:
+    """Tables of a run with a small policy; ``learner`` overrides fields of LearnerConfig, ``engine`` of EngineConfig."""
     tables = {name: cls() for name, cls in LEARNER_TABLES.items()}
     small = {
         "steps": 40,
@@ -183,6 +185,7 @@ def make_tables(**learner: Any) -> dict[str, Any]:
         "device": "cpu",
     }
     tables["learner"] = LEARNER_TABLES["learner"](**{**small, **learner})
+    tables["engine"] = LEARNER_TABLES["engine"](**(engine or {}))
     tables["policy"].config = dict(SMALL_POLICY)
     tables["algorithm"].config = {"batch_size": 16, "start_steps": 10}
     return tables

@@ -116,7 +116,7 @@ def test_micro_batches_give_the_same_losses_sample_by_sample(tmp_path):
     for micro_batch in (0, 7):
         run = make_run(tmp_path / str(micro_batch))
         write_log(run)
-        source, sampler, loop = adaptive_loop(run, None, steps=1, micro_batch=micro_batch)
+        source, sampler, loop = adaptive_loop(run, None, steps=1, engine={"micro_batch": micro_batch})
         with contextlib.closing(sampler):
             source.feed_back = lambda windows, loss_B: losses.append(loss_B)
             loop.run(lambda: False)

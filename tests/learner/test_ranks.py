@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+
+from fleet.errors import ConfigError, LearnerError
+from learner.ranks import RankPlace, Ranks
+from tests.rank_processes import on_ranks
+
+
+def exchange(ranks):
+    table = ranks.gather([ranks.rank, 0.5])
+    first = ranks.broadcast_bytes(b"from 0" if ranks.first else b"")
+    second = ranks.broadcast_bytes(b"" if ranks.rank != 1 else bytes(range(200)), source=1)
+    return table, first, second, ranks.gather_bytes(b"x" * ranks.rank), ranks.shard_leader
+
+
+def test_ranks_exchange_numbers_and_bytes():
+    answers = on_ranks(3, exchange, shards=(0, 0, 1))
+    for table, first, second, every, _ in answers:
+        np.testing.assert_array_equal(table, [[0, 0.5], [1, 0.5], [2, 0.5]])
+        assert (first, second, every) == (b"from 0", bytes(range(200)), [b"", b"x", b"xx"])
+    assert [answer[-1] for answer in answers] == [True, False, True]
+
+
+def test_one_rank_exchanges_with_nobody():
+    ranks = Ranks(RankPlace())
+    table, _, _, every, leader = exchange(ranks)
+    np.testing.assert_array_equal(table, [[0, 0.5]])
+    assert every == [b""] and leader and ranks.broadcast_bytes(b"mine") == b"mine"
+
+
+def test_rows_of_a_batch_are_split_without_gap_or_overlap():
+    for shards in ((0,), (0, 0, 0), (0, 0, 1), (0, 1, 1, 2)):
+        splits = [RankPlace(rank, shards).split() for rank in range(len(shards))]
+        assert [row for split in splits for row in split.rows(32)] == list(range(32))
+        for split in splits:
+            same = [row for other in splits if other.shard == split.shard for row in other.rows(32)]
+            assert same == list(split.shard_rows(32)) and set(split.rows(32)) <= set(same)
+    with pytest.raises(ConfigError):
+        RankPlace(0, (0, 2)).split()
+    with pytest.raises(ConfigError):
+        RankPlace(1, (0,)).split()
+
+
+def test_a_rank_that_meets_nobody_says_so():
+    with pytest.raises(LearnerError, match="rank 1 of 2"):
+        Ranks(RankPlace(1, (0, 0), "tcp://127.0.0.1:9", timeout_s=1.0))

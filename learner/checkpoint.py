@@ -28,10 +28,11 @@ from torch import Tensor
 
 from fleet.errors import LearnerError
 from fleet.files import Files, storage_errors
+from learner.tensor_file import pack, put_tensors, take_tensors, to_arrays, unpack
 
+__all__ = ["Checkpoint", "Checkpoints", "freeze", "pack", "to_arrays", "unpack"]
 log = logging.getLogger("fleet.learner")
 _NAME = re.compile(r"[0-9]{10}")
-_TENSOR = "$tensor"
 _FILES = ("tensors.safetensors", "meta.json")
 
 
@@ -68,8 +69,7 @@ class Checkpoints:
         Raises:
             StorageError: The disk failed or is full; earlier checkpoints are untouched.
         """
-        tensors: dict[str, Tensor] = {}
-        skeleton = _take_tensors(checkpoint.state, "", tensors)
+        skeleton, tensors = take_tensors(checkpoint.state)
         meta = {"step": checkpoint.step, "meta": checkpoint.meta, "state": skeleton}
         contents = dict(zip(_FILES, (save(tensors), json.dumps(meta, indent=1).encode()), strict=True))
         sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in contents.items())
@@ -127,7 +127,7 @@ class Checkpoints:
                 if hashlib.sha256(data[name]).hexdigest() != sums.get(name):
                     raise ValueError(f"{name} ({len(data[name])} bytes) does not fit its checksum")
             meta, tensors = json.loads(data["meta.json"]), load(data["tensors.safetensors"])
-            return Checkpoint(int(meta["step"]), meta["meta"], _put_tensors(meta["state"], tensors))
+            return Checkpoint(int(meta["step"]), meta["meta"], put_tensors(meta["state"], tensors))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise LearnerError(f"checkpoint {folder} is damaged: {error}", rule="its files fit SHA256SUMS") from None
 
@@ -159,39 +159,3 @@ def freeze(state: Any) -> Any:
     if isinstance(state, Mapping):
         return {key: freeze(value) for key, value in state.items()}
     return [freeze(value) for value in state] if isinstance(state, (list, tuple)) else state
-
-
-def to_arrays(state: Any) -> Any:
-    """A nested state of a checkpoint with arrays in place of tensors, for what knows nothing of torch."""
-    if isinstance(state, Tensor):
-        return state.numpy()
-    if isinstance(state, Mapping):
-        return {key: to_arrays(value) for key, value in state.items()}
-    return [to_arrays(value) for value in state] if isinstance(state, list) else state
-
-
-def _take_tensors(state: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """The state with every tensor replaced by its key in ``tensors``."""
-    if isinstance(state, Tensor):
-        tensors[path] = state
-        return {_TENSOR: path}
-    if isinstance(state, Mapping):
-        for key in state:
-            if not isinstance(key, str) or key == _TENSOR:
-                raise LearnerError(f"state {path!r} has the key {key!r}", rule="keys of a checkpointed state are text")
-        return {key: _take_tensors(value, f"{path}/{key}" if path else key, tensors) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [_take_tensors(value, f"{path}/{i}", tensors) for i, value in enumerate(state)]
-    if state is None or isinstance(state, (str, int, float, bool)):
-        return state
-    raise LearnerError(
-        f"state {path!r} is a {type(state).__name__}", rule="tensors, numbers, text, lists and maps are checkpointed"
-    )
-
-
-def _put_tensors(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(skeleton, dict):
-        if set(skeleton) == {_TENSOR}:
-            return tensors[skeleton[_TENSOR]]
-        return {key: _put_tensors(value, tensors) for key, value in skeleton.items()}
-    return [_put_tensors(value, tensors) for value in skeleton] if isinstance(skeleton, list) else skeleton

@@ -80,6 +80,7 @@ LEARNER = (
     Metric("fleet_learner_updates_rate", "gauge", "", (), "Optimiser steps a second"),
     Metric("fleet_learner_loss", "gauge", "", (), "Loss of the newest report"),
     Metric("fleet_sampleable_latency", "histogram", "seconds", (), "Step executed until the learner can sample it", _LATENCY_S),
+    Metric("fleet_learner", "counter", "seconds", ("part",), "Time of the learner by part of an update, see learner/budget.py"),
     Metric("fleet_learner_data_wait", "counter", "seconds", (), "Time that the learner waited for data"),
     Metric("fleet_learner_batches_ready", "gauge", "", (), "Batches that are ready before the learner asks for them"),
     Metric("fleet_learner_undecodable", "counter", "", (), "Windows left out because an image of theirs cannot be decoded"),
@@ -93,6 +94,14 @@ LEARNER = (
     Metric("fleet_learner_checkpoint_step", "gauge", "", (), "Step of the newest checkpoint"),
     Metric("fleet_buffer_steps", "gauge", "", ("source",), "Steps that can be sampled, by who acted"),
 )
+EVALUATOR = (
+    Metric("fleet_evaluation_success", "gauge", "", ("task",), "Share of held-out starts on which the tested release succeeds"),
+    Metric("fleet_evaluation_success_low", "gauge", "", ("task",), "Lower end of its 95 % interval"),
+    Metric("fleet_evaluation_success_high", "gauge", "", ("task",), "Upper end of its 95 % interval"),
+    Metric("fleet_evaluation_release", "gauge", "", (), "Newest release that was tested"),
+    Metric("fleet_evaluation_duration", "gauge", "seconds", (), "How long its test took"),
+    Metric("fleet_evaluation_skipped", "counter", "", (), "Releases that were due, and old before they could be tested"),
+)
 
 _CLASSES: dict[str, Any] = {
     "counter": prometheus.Counter,
@@ -105,7 +114,7 @@ class Metrics:
     """The metrics of one process, in a collector registry of their own.
 
     Args:
-        catalogue: ``GATEWAY`` or ``LEARNER``.
+        catalogue: ``GATEWAY``, ``LEARNER`` or ``EVALUATOR``.
     """
 
     def __init__(self, catalogue: tuple[Metric, ...]) -> None:
@@ -179,6 +188,26 @@ class MeteredJournal(Journal):
         self._metrics.fact(kind, fields)
 
 
+class Totals:
+    """Turns totals that only grow, such as ``Progress.seconds``, into one counter with a label.
+
+    Args:
+        name: The counter.
+        label: Its one label, the key of a total.
+    """
+
+    def __init__(self, metrics: Metrics, name: str, label: str) -> None:
+        self._metrics, self._name, self._label = metrics, name, label
+        self._seen: dict[str, float] = collections.defaultdict(float)
+
+    def tell(self, totals: Mapping[str, float]) -> None:
+        """Counts what came since the last call."""
+        for key, total in totals.items():
+            if total > self._seen[key]:
+                self._metrics.add(self._name, total - self._seen[key], **{self._label: key})
+                self._seen[key] = total
+
+
 def _make(metric: Metric, registry: prometheus.CollectorRegistry) -> Any:
     more = {"buckets": metric.buckets} if metric.buckets else {}
     return _CLASSES[metric.type](metric.name, metric.help, metric.labels, unit=metric.unit, registry=registry, **more)
@@ -234,6 +263,16 @@ def _retired(metrics: Metrics, fields: Mapping[str, Any]) -> None:
     metrics.add("fleet_buffer_retired", max(int(fields["frees"]), 0), why=fields["why"])
 
 
+def _evaluated(metrics: Metrics, fields: Mapping[str, Any]) -> None:
+    for task, (rate, low, high) in fields["tasks"].items():
+        metrics.set("fleet_evaluation_success", rate, task=task)
+        metrics.set("fleet_evaluation_success_low", low, task=task)
+        metrics.set("fleet_evaluation_success_high", high, task=task)
+    metrics.set("fleet_evaluation_release", fields["version"])
+    metrics.set("fleet_evaluation_duration", fields["seconds"])
+    metrics.add("fleet_evaluation_skipped", fields["skipped"])
+
+
 _FACTS = {
     "durable": _durable,
     "retired": _retired,
@@ -244,4 +283,5 @@ _FACTS = {
     "published": _published,
     "checkpoint": _checkpoint,
     "resumed": _resumed,
+    "evaluated": _evaluated,
 }

@@ -6,7 +6,7 @@ import pytest
 
 from fleet.errors import PortInUse
 from fleet.journal import read_journal
-from fleet.metrics import GATEWAY, LEARNER, MAX_LABEL_VALUES, OTHER, MeteredJournal, Metrics
+from fleet.metrics import GATEWAY, LEARNER, MAX_LABEL_VALUES, OTHER, MeteredJournal, Metrics, Totals
 
 
 def value(metrics, name, **labels):
@@ -68,3 +68,14 @@ def test_labels_from_the_network_are_bounded():
     for n in range(MAX_LABEL_VALUES + 50):
         metrics.add("fleet_episodes", task=f"task {n}", outcome="success")
     assert value(metrics, "fleet_episodes_total", task=OTHER, outcome="success") == 50
+
+
+def test_totals_become_a_counter():
+    metrics = Metrics(LEARNER)
+    totals = Totals(metrics, "fleet_learner", "part")
+    totals.tell({"forward": 1.5, "wait": 0.0})
+    totals.tell({"forward": 2.0, "poll": 1.0})
+    totals.tell({"forward": 1.0})  # never backwards
+    totals.tell({"forward": 2.5})
+    assert value(metrics, "fleet_learner_seconds_total", part="forward") == 2.5
+    assert value(metrics, "fleet_learner_seconds_total", part="poll") == 1.0

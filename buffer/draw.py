@@ -19,11 +19,19 @@ cached steps. The leaf's distribution is then (1 - b) P + b Q with b <= beta, wh
 is b TV(P, Q) <= beta; shares of sources and tasks stay exact. Where few cached steps are found (none, say), the rest
 falls back to P, which makes b smaller.
 
-Shape suffix: B batch.
+Several shards (``Fill``), each of which draws its part of the batch from its own steps: the weights of leaves follow from
+all shards' steps, and each shard draws a leaf in proportion to its weight times the shard's part of the leaf's steps. What
+these sum up to is the shard's due part of the batch; if it makes more or fewer rows than that, they must count for less or
+more. Then every leaf has its weight over all shards, and every step of a leaf the same chance whatever shard it is in.
+A leaf that only other shards have keeps its weight there. One without an acceptable step here is taken for one without any
+in all shards while its branch has others, else for one that others draw: only numbers of steps are known of other shards.
+
+Shape suffixes: B batch, K sources, T tasks.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -43,6 +51,14 @@ _PATIENCE = 1024  # proposals without a kept one before the whole leaf is gone t
 _CACHED_TRIES = 32  # proposals for each window that should be a cached one
 
 
+@dataclasses.dataclass(frozen=True)
+class Fill:
+    """Numbers of steps, before any filter, by source and task: of this shard (K, T), and of all shards together (K, T)."""
+
+    here_KT: np.ndarray
+    all_KT: np.ndarray
+
+
 def draw_windows(
     pools: Pools,
     needs: BatchNeeds,
@@ -51,34 +67,65 @@ def draw_windows(
     rng: np.random.Generator,
     cached: Accept | None = None,
 ) -> np.ndarray:
-    """First steps of the windows (B,), int64, in random order. A function of its arguments and the state of ``rng``.
+    """First steps of the windows of a batch from one log; see ``draw_part``."""
+    return draw_part(pools, needs, accept, online_share, rng, cached, needs.batch_size, None)[0]
+
+
+def draw_part(
+    pools: Pools,
+    needs: BatchNeeds,
+    accept: Accept | None,
+    online_share: Callable[[int], float] | None,
+    rng: np.random.Generator,
+    cached: Accept | None,
+    num_rows: int,
+    fill: Fill | None,
+) -> tuple[np.ndarray, float]:
+    """What one shard draws of a batch. A function of its arguments and the state of ``rng``.
+
+    Ranks of a shard call this with equal ``rng``. Where their scores or caches differ, so do their steps, but each row is
+    of the same leaf for all of them.
 
     Args:
         pools: All steps by source and task.
-        needs: ``batch_size``, ``shares`` or ``adaptive``, ``by_task`` and ``cached_share`` are used.
+        needs: ``shares`` or ``adaptive``, ``by_task`` and ``cached_share`` are used.
         accept: None: all steps alike.
         online_share: By task, where ``needs.adaptive`` is given.
         cached: True for steps that ``cached_share`` prefers.
+        num_rows: B, of this shard.
+        fill: None: there is one shard, or nothing is known of the others.
+
+    Returns:
+        First steps of the windows (B,), int64, in random order; and the part of the whole batch that is due to this shard,
+        in (0, 1], 1 without ``fill``.
 
     Raises:
         NoData: No step of the sources that are asked for is acceptable.
     """
-    leaves = _leaves(pools, needs, online_share)
+    leaves = _leaves(pools, needs, online_share, fill)
+    whole = sum({leaf.branch: leaf.branch_weight for leaf in leaves}.values())
+    here = [leaf for leaf in leaves if leaf.size and leaf.part > 0]
+    picks = rng if accept is None and cached is None else rng.spawn(1)[0]  # of these, ranks may need different numbers
     if accept is not None:
-        _propose(leaves, needs.batch_size, accept, rng)
-        leaves = [leaf for leaf in leaves if leaf.alive(accept, rng)]
-    if not leaves:
+        _propose(here, num_rows, accept, picks)
+        dead = {leaf for leaf in here if not leaf.alive(accept, picks)}
+        here, leaves = ([leaf for leaf in some if leaf not in dead] for some in (here, leaves))
+    if not here:
         raise _no_data(pools, needs)
-    counts = split_by_share(needs.batch_size, _weights(leaves), rng.random())
+    weight_of = dict(zip(leaves, _weights(leaves).tolist(), strict=True))
+    weights = [weight_of[leaf] * leaf.part for leaf in here]
+    counts = split_by_share(num_rows, weights, rng.random())
     drawn = []
-    for leaf, count in zip(leaves, counts, strict=True):
-        if count and cached is not None and needs.cached_share > 0:
-            preferred = leaf.prefer(int(rng.binomial(count, needs.cached_share)), accept, cached, rng)
-            drawn.append(preferred)
-            count -= len(preferred)
-        if count:
-            drawn.append(leaf.draw(count, accept, rng))
-    return rng.permutation(np.concatenate(drawn)) if drawn else np.empty(0, np.int64)
+    for leaf, count in zip(here, counts, strict=True):
+        if not count:
+            continue
+        steps = leaf.draw(count, accept, picks)
+        if cached is not None and needs.cached_share > 0:
+            preferred = leaf.prefer(int(picks.binomial(count, needs.cached_share)), accept, cached, picks)
+            steps[: len(preferred)] = preferred
+        drawn.append(steps)
+    steps_B = rng.permutation(np.concatenate(drawn)) if drawn else np.empty(0, np.int64)
+    return steps_B, 1.0 if fill is None else sum(weights) / whole
 
 
 def split_by_share(total: int, shares: Sequence[float] | np.ndarray, offset: float) -> list[int]:
@@ -97,12 +144,14 @@ class _Leaf:
 
     Args:
         branch, branch_weight, weight: The branch that it belongs to, with its weight; the leaf's weight within it.
+        part: Of its steps in all shards, the part that is in this one.
+        arrays: Its steps in this shard.
     """
 
-    def __init__(self, branch: int, branch_weight: float, weight: float, arrays: list[np.ndarray]) -> None:
-        self.branch, self.branch_weight, self.weight = branch, branch_weight, weight
+    def __init__(self, branch: int, branch_weight: float, weight: float, part: float, arrays: list[np.ndarray]) -> None:
+        self.branch, self.branch_weight, self.weight, self.part = branch, branch_weight, weight, part
         self._arrays, self._ends = arrays, np.cumsum([len(array) for array in arrays])
-        self.size = int(self._ends[-1])
+        self.size = sum(len(array) for array in arrays)
         self._kept: list[np.ndarray] = []
         self._num_kept = self._num_tried = 0
         self._table: tuple[np.ndarray, np.ndarray] | None = None
@@ -170,13 +219,19 @@ class _Leaf:
         self._table = steps, np.cumsum(chance)
 
 
-def _leaves(pools: Pools, needs: BatchNeeds, online_share: Callable[[int], float] | None) -> list[_Leaf]:
-    """Leaves that have steps and weight, in an order that depends on nothing else."""
-    keys = sorted(key for key in pools if len(pools[key]))
+def _leaves(pools: Pools, needs: BatchNeeds, online_share: Callable[[int], float] | None, fill: Fill | None) -> list[_Leaf]:
+    """Leaves that have steps, here or in other shards, and weight, in an order that depends on nothing else."""
+    there = {key: len(steps) for key, steps in pools.items()} if fill is None else _by_key(fill.all_KT)
+    here = there if fill is None else _by_key(fill.here_KT)
+    keys = sorted(key for key, count in there.items() if count)
 
     def leaf(branch: int, branch_weight: float, weight: float, chosen: Iterable[tuple[int, int]]) -> list[_Leaf]:
-        arrays = [pools[key] for key in chosen]
-        return [_Leaf(branch, branch_weight, weight, arrays)] if arrays and branch_weight > 0 and weight > 0 else []
+        mine = list(chosen)
+        if not mine or branch_weight <= 0 or weight <= 0:
+            return []
+        part = sum(here[key] for key in mine) / sum(there[key] for key in mine)
+        arrays = [pools[key] for key in mine if len(pools.get(key, ()))]
+        return [_Leaf(branch, branch_weight, weight, part, arrays)]
 
     leaves: list[_Leaf] = []
     if needs.adaptive is not None:
@@ -193,6 +248,10 @@ def _leaves(pools: Pools, needs: BatchNeeds, online_share: Callable[[int], float
     return leaves
 
 
+def _by_key(counts_KT: np.ndarray) -> dict[tuple[int, int], int]:
+    return {(source, task): int(count) for (source, task), count in np.ndenumerate(counts_KT)}
+
+
 def _weights(leaves: list[_Leaf]) -> np.ndarray:
     """Each leaf's part of the batch: its part of its branch times the branch's part."""
     within: dict[int, float] = {}
@@ -205,7 +264,7 @@ def _propose(leaves: list[_Leaf], total: int, accept: Accept, rng: np.random.Gen
     """The first proposals of all leaves, judged in one call."""
     if not leaves:
         return
-    weights = _weights(leaves)
+    weights = _weights(leaves) * [leaf.part for leaf in leaves]
     counts = (2 * total * weights / weights.sum()).astype(np.int64) + _SPARE
     steps = [leaf.pick(int(count), rng) for leaf, count in zip(leaves, counts, strict=True)]
     together = np.concatenate(steps)

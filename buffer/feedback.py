@@ -62,10 +62,11 @@ class Feedback:
                 found.load_state(saved)
         return found.share
 
-    def add(self, windows: Windows, loss_B: np.ndarray, there_B: np.ndarray) -> None:
-        """Takes the losses of a batch.
+    def add(self, windows: Windows, loss_B: np.ndarray, table: np.ndarray, there_B: np.ndarray) -> None:
+        """Takes losses: of these windows for their scores, and of a table for the shares.
 
         Args:
+            table: ``buffer.mixture.loss_table`` of the whole batch.
             there_B: False for steps that retention took away since they were drawn.
 
         Raises:
@@ -76,7 +77,7 @@ class Feedback:
             mine_B = there_B & np.isin(windows.source_B, sources)
             scores.set(windows.step_B[mine_B], loss_B[mine_B])
         for share in self._shares.values():
-            share.add(windows.task_B, windows.source_B, loss_B)
+            share.add(table)
 
     def grow(self) -> None:
         """Takes in the steps that the index has got."""

@@ -9,7 +9,10 @@ Differs from the paper, which does not say how losses are scaled: both are divid
 so that alpha means the same for a loss of 1e-3 as for one of 10. Two equal losses become 1 and 1, one of 0 becomes 0
 beside 2. ``share_of`` is the formula alone.
 
-Shape suffix: B batch.
+Where several ranks make a batch, each one makes the ``loss_table`` of its own rows, and the tables are added up: then all
+ranks have the mean losses of the whole batch, and the same shares.
+
+Shape suffixes: B batch, T tasks.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fleet.batch import Adaptive
+from fleet.batch import Adaptive, Windows
 from fleet.errors import LearnerError
+from fleet.robot import Source
 
 _Side = tuple[int, bool]  # task, whether online
 
@@ -33,6 +37,21 @@ def share_of(online_loss: float, offline_loss: float, adaptive: Adaptive) -> flo
     return min(max(share, adaptive.low), adaptive.high)
 
 
+def loss_table(windows: Windows, loss_B: np.ndarray, num_tasks: int) -> np.ndarray:
+    """Losses of windows by task and source: (num_tasks, sources, 2) float64, their sum and how many they are.
+
+    Raises:
+        LearnerError: A loss is not finite.
+    """
+    loss_B = np.asarray(loss_B, np.float64)
+    if not np.isfinite(loss_B).all():
+        wrong = int(np.flatnonzero(~np.isfinite(loss_B))[0])
+        raise LearnerError(f"the loss of sample {windows.index_B[wrong]} of a batch is not finite", rule="losses are finite")
+    cell_B = windows.task_B * len(Source) + windows.source_B
+    columns = [np.bincount(cell_B, weights, num_tasks * len(Source)) for weights in (loss_B, None)]
+    return np.stack(columns, 1).reshape(num_tasks, len(Source), 2)
+
+
 class OnlineShare:
     """Mean losses by task and side, and the share that follows from them."""
 
@@ -40,25 +59,24 @@ class OnlineShare:
         self.adaptive = adaptive
         self._losses: dict[_Side, deque[float]] = {}
 
-    def add(self, task_B: np.ndarray, source_B: np.ndarray, loss_B: np.ndarray) -> None:
+    def add(self, table: np.ndarray) -> None:
         """Takes the losses of a batch: their mean by task and side is one entry of that side's window.
 
         Samples of sources that are on neither side do not count.
 
+        Args:
+            table: ``loss_table``, or the sum of those of all ranks.
+
         Raises:
-            LearnerError: A loss is not finite. Nothing is changed then.
+            LearnerError: A sum is not finite. Nothing is changed then.
         """
-        loss_B = np.asarray(loss_B, np.float64)
-        if not np.isfinite(loss_B).all():
-            raise LearnerError(
-                f"the loss of sample {int(np.flatnonzero(~np.isfinite(loss_B))[0])} of a batch is not finite",
-                rule="an adaptive mixture is made from finite losses",
-            )
+        if not np.isfinite(table).all():
+            raise LearnerError("a sum of losses is not finite", rule="an adaptive mixture is made from finite losses")
         for online, sources in ((True, self.adaptive.online), (False, self.adaptive.offline)):
-            mine_B = np.isin(source_B, [int(source) for source in sources])
-            for task in np.unique(task_B[mine_B]).tolist():
+            sums_T2 = table[:, [int(source) for source in sources]].sum(1)
+            for task in np.flatnonzero(sums_T2[:, 1]).tolist():
                 side = self._losses.setdefault((task, online), deque(maxlen=self.adaptive.window))
-                side.append(float(loss_B[mine_B & (task_B == task)].mean()))
+                side.append(float(sums_T2[task, 0] / sums_T2[task, 1]))
 
     def share(self, task: int) -> float:
         """The online part of what is drawn for a task; one half before both sides have a loss."""

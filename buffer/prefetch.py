@@ -36,13 +36,15 @@ class Sampling(Protocol):
 
     def poll(self) -> int: ...
 
-    def num_steps(self, source: Source | None = None) -> int: ...
+    def counts(self) -> np.ndarray: ...
+
+    def balance(self, counts_SKT: np.ndarray) -> None: ...
 
     def draw(self, needs: BatchNeeds, step: int, newest_version: int = -1) -> Draw: ...
 
     def gather(self, draw: Draw, out: Allocate | None = None) -> Windows: ...
 
-    def feed_back(self, windows: Windows, loss_B: np.ndarray) -> None: ...
+    def feed_back(self, windows: Windows, loss_B: np.ndarray, table: np.ndarray) -> None: ...
 
     def state(self) -> dict[str, Any]: ...
 
@@ -104,7 +106,8 @@ class Prefetcher:
         self._ahead: collections.deque[_Job] = collections.deque()
         self._to_gather: collections.deque[_Job] = collections.deque()
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
-        self._counts: dict[Source | None, int] = {}
+        self._counts_KT = np.zeros((len(Source), 0), np.int64)
+        self._balance_SKT: np.ndarray | None = None
         self._num_new = 0
         self._error: BaseException | None = None
         self._closed = False
@@ -131,10 +134,21 @@ class Prefetcher:
 
     def num_steps(self, source: Source | None = None) -> int:
         """Steps that can be drawn, of one source or of all, at the last look."""
+        counts_KT = self.counts()
+        return int(counts_KT.sum() if source is None else counts_KT[source].sum())
+
+    def counts(self) -> np.ndarray:
+        """Steps that can be drawn by source and task (K, T), at the last look."""
         if not self._threads:
-            return self._sampler.num_steps(source)
+            return self._sampler.counts()
         with self._changed:
-            return self._counts[source]
+            return self._counts_KT
+
+    def balance(self, counts_SKT: np.ndarray) -> None:
+        """Tells the sampler what all shards have, before it draws what is asked for next: ``depth`` batches later."""
+        if self._balance_SKT is None or not np.array_equal(counts_SKT, self._balance_SKT):
+            self._balance_SKT = copied = counts_SKT.copy()
+            self.post(lambda: self._sampler.balance(copied))
 
     def batch(self, needs: BatchNeeds, step: int, newest_version: int = -1) -> Windows:
         """The batch of a step. With ``allocate``, it may be overwritten from the next call on.
@@ -168,12 +182,12 @@ class Prefetcher:
             self._lent, self.position = job.arrays, job.draw.position
             return job.windows
 
-    def feed_back(self, windows: Windows, loss_B: np.ndarray) -> None:
+    def feed_back(self, windows: Windows, loss_B: np.ndarray, table: np.ndarray) -> None:
         """Gives the sampler the losses of a batch, before it draws what is asked for next: ``depth`` batches later.
 
         What the sampler raises is raised by a later call of this class.
         """
-        self.post(lambda: self._sampler.feed_back(windows, loss_B))
+        self.post(lambda: self._sampler.feed_back(windows, loss_B, table))
 
     def state(self) -> dict[str, Any]:
         """As the sampler, after all that was fed back."""
@@ -219,7 +233,7 @@ class Prefetcher:
         if self._threads or not self._depth:
             return
         targets = [("buffer-draw", self._own)] + [(f"buffer-gather-{i}", self._work) for i in range(self._num_workers)]
-        self._counts = self._count()
+        self._counts_KT = self._sampler.counts()
         self._threads = [threading.Thread(target=self._guarded, args=(t,), name=name, daemon=True) for name, t in targets]
         for thread in self._threads:
             thread.start()
@@ -301,14 +315,11 @@ class Prefetcher:
 
     def _poll(self) -> int:
         new = self._sampler.poll()
-        counts = self._count()
+        counts_KT = self._sampler.counts()
         with self._changed:
-            self._counts = counts
+            self._counts_KT = counts_KT
             self._num_new += new if self._threads else 0
         return new
-
-    def _count(self) -> dict[Source | None, int]:
-        return {source: self._sampler.num_steps(source) for source in (None, *Source)}
 
     def _draw(self, job: _Job) -> None:
         if job.dropped:

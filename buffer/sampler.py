@@ -4,6 +4,10 @@
     draw      decides which windows a batch is made of, by the rules of ``BatchNeeds``: cheap, numbers only
     gather    reads them out of the segments: heavy, and may run in other threads meanwhile
 
+Several ranks (``Split``) make one batch together. Those that read one shard of the log all draw the shard's part of it, as
+numbers, and each gathers its own rows. Several shards draw with seeds of their own, from their own steps; with ``balance``
+they know of each other's, so that uneven shards give each source and task its share (``buffer.draw``).
+
 A draw is a function of (seed, step, position in the log, what was fed back, the newest release), however the log was
 read: at once or in bits, from sidecars or from the fragments, in whichever process. (Retention changes the log: a sampler
 that saw it happen has the same steps in another order than one that began later.) An episode that still goes on is
@@ -12,7 +16,7 @@ sampled as it is: a window at its newest steps is shorter until the rest arrives
 Checksums of payloads are verified where a segment itself is read, and when its sidecar is made; what a sidecar knows is
 not read again at a start.
 
-Shape suffixes: B batch, H actions in a window, W steps of a walk.
+Shape suffixes: B batch, H actions in a window, S shards, K sources, T tasks.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ import numpy as np
 
 from buffer import groups, sidecar
 from buffer.arena import Arena, Residency, allow_many_files
-from buffer.draw import Accept, draw_windows
+from buffer.draw import Accept, Fill, draw_part
 from buffer.feedback import Feedback, Span
 from buffer.filters import both, passing
 from buffer.gather import Allocate, Draw, ImageCache, gather
@@ -44,8 +48,8 @@ from buffer.renumber import renumber
 from buffer.team import Team
 from buffer.undecodable import Undecodable
 from buffer.windows import WindowMaker
-from fleet.batch import BatchNeeds, Windows
-from fleet.errors import FleetError, SpecError
+from fleet.batch import WHOLE, BatchNeeds, Split, Windows
+from fleet.errors import FleetError, LearnerError, SpecError
 from fleet.journal import Journal
 from fleet.robot import Source
 from fleet.spec import RobotSpec
@@ -65,6 +69,7 @@ class Sampler:
         cache: Decoded images; None: each image is decoded whenever it is drawn.
         mapped_bytes: Bound of what mapped segments make resident. A larger log makes at most 256 MB of it so.
         threads: That copy or decode the images of one batch.
+        split: Which rows of each batch this process makes.
 
     Attributes:
         index: What is known of all steps; ``index.episodes`` of all episodes.
@@ -83,8 +88,11 @@ class Sampler:
         cache: ImageCache | None = None,
         mapped_bytes: int = MAPPED_BYTES,
         threads: int = 2,
+        split: Split = WHOLE,
     ) -> None:
         allow_many_files()
+        self._split = split
+        self._counts_SKT: np.ndarray | None = None  # of several shards
         self._folder, self._seed, self._journal, self._cache = folder, seed, journal, cache
         self._reader = LogReader(folder, replacements=True)
         self.skipped_fragments: collections.Counter[str] = collections.Counter()
@@ -152,14 +160,39 @@ class Sampler:
 
     def num_steps(self, source: Source | None = None) -> int:
         """Steps that can be drawn, of one source or of all."""
-        return sum(len(pool.view) for (s, _), pool in self.index.pools.items() if source is None or s == source)
+        counts_KT = self.counts()
+        return int(counts_KT.sum() if source is None else counts_KT[source].sum())
+
+    def counts(self) -> np.ndarray:
+        """Steps that can be drawn where there is no filter, by source and task: (K, T) int64."""
+        counts_KT = np.zeros((len(Source), len(self.index.task_names)), np.int64)
+        for key, pool in self.index.pools.items():
+            counts_KT[key] = len(pool.view)
+        return counts_KT
+
+    def balance(self, counts_SKT: np.ndarray) -> None:
+        """Tells what all shards have: their ``counts``, (S, K, T). From the next draw on, shards together give each source
+        and task its share, and each of its steps the same chance; ``Windows.shard_weight`` is part of that.
+
+        What is counted are steps before filters and scores. So a shard of whose steps fewer pass a filter draws those that
+        do more often, and scores choose among the steps of one shard, not between shards. With one shard nothing changes.
+
+        Raises:
+            LearnerError: The shape is another one.
+        """
+        shape = (self._split.num_shards, len(Source), len(self.index.task_names))
+        if counts_SKT.shape != shape:
+            what = f"steps of all shards are counted in the shape {counts_SKT.shape}"
+            raise LearnerError(what, rule=f"it is (shards, sources, tasks), {shape}")
+        self._counts_SKT = counts_SKT.copy() if len(counts_SKT) > 1 else None
 
     def batch(self, needs: BatchNeeds, step: int, newest_version: int = -1) -> Windows:
         """``draw`` and ``gather`` in one."""
         return self.gather(self.draw(needs, step, newest_version))
 
     def draw(self, needs: BatchNeeds, step: int, newest_version: int = -1) -> Draw:
-        """Decides which windows the batch of a step is made of.
+        """Decides which windows this rank's rows of the batch of a step are made of; none where there are more ranks than
+        rows.
 
         Args:
             newest_version: Newest release, for ``Filter.max_version_age``; -1: the newest one behind a step of the log.
@@ -174,24 +207,39 @@ class Sampler:
         scores = self._feedback.scores(needs, self._spans)
         accept = both(passing(self.index, needs.filter, newest_version), None if scores is None else scores.accept)
         cached = None if self._cache is None else self._cached(needs, self._cache)
-        rng = np.random.default_rng([self._seed, step])
-        steps_B = draw_windows(pools, needs, accept, self._feedback.online_share(needs), rng, cached)
-        draw = self._maker.make(steps_B, needs, step, self.position, self._arenas)
-        if scores is not None:
-            draw.facts["weight_B"] = scores.weights(steps_B)
+        of_shard, mine = self._split.shard_rows(needs.batch_size), self._split.rows(needs.batch_size)
+        several = self._split.num_shards > 1
+        rng = np.random.default_rng([self._seed, step, self._split.shard] if several else [self._seed, step])
+        share = self._feedback.online_share(needs)
+        steps_B, due = draw_part(pools, needs, accept, share, rng, cached, len(of_shard), self._fill(tasks))
+        cut = slice(mine.start - of_shard.start, mine.stop - of_shard.start)
+        draw = self._maker.make(steps_B[cut], needs, step, self.position, self._arenas)
+        weight_B = np.ones(len(steps_B), np.float32) if scores is None else scores.weights(steps_B)
+        draw.facts["weight_B"], draw.facts["index_B"] = weight_B[cut], np.arange(mine.start, mine.stop)
+        if self._counts_SKT is not None and len(steps_B):
+            draw.facts["shard_weight"] = due * needs.batch_size / float(weight_B.sum())
         return draw
 
-    def feed_back(self, windows: Windows, loss_B: np.ndarray) -> None:
-        """Takes the losses of a batch: scores of its steps where needs have a priority, and of its sources where they have
-        an adaptive mixture.
+    def feed_back(self, windows: Windows, loss_B: np.ndarray, table: np.ndarray) -> None:
+        """Takes losses: of these windows as scores of their steps, where needs have a priority, and of the whole batch for
+        adaptive mixtures.
+
+        Ranks keep the scores of their own rows: a step's score is that of the rank that had it last, as far as it knows.
+
+        Args:
+            table: ``buffer.mixture.loss_table`` of these windows, added up over all ranks.
 
         Raises:
             LearnerError: A loss is not finite, or below 0 where steps are drawn by score.
         """
-        self._feedback.add(windows, loss_B, self.index.is_there(windows.step_B))
+        self._feedback.add(windows, loss_B, table, self.index.is_there(windows.step_B))
 
     def state(self) -> dict[str, Any]:
-        """What was fed back and up to where the log was read, for a checkpoint: plain dicts, lists, numbers, numpy arrays."""
+        """What was fed back and up to where the log was read, for a checkpoint: plain dicts, lists, numbers, numpy arrays.
+
+        Any rank that reads the same shard can take it, also where there is another number of ranks then. Scores are this
+        rank's own: those that the others gave to their rows are not in it.
+        """
         newest = max(self._segments, default=0)
         num_steps = self._segments[newest].num_steps if newest else 0
         return {**self._feedback.state(self._spans()), "read": {"segment": newest, "num_steps": num_steps}}
@@ -333,6 +381,13 @@ class Sampler:
             for taken in self._segments.values():
                 taken.runs = [(moved.fragment(first), moved.fragment(end - 1) + 1) for first, end in taken.runs]
         self._feedback.release()
+
+    def _fill(self, tasks: set[int]) -> Fill | None:
+        """What shards have of these tasks."""
+        if self._counts_SKT is None:
+            return None
+        asked_T = np.isin(np.arange(len(self.index.task_names)), list(tasks))
+        return Fill(self._counts_SKT[self._split.shard] * asked_T, self._counts_SKT.sum(0) * asked_T)
 
     def _cached(self, needs: BatchNeeds, cache: ImageCache) -> Accept | None:
         """Which steps have all their images in the cache; None where none are encoded."""

@@ -20,6 +20,7 @@ from fleet.journal import Journal
 
 MAX_SHARE = 0.5  # of a batch
 _SAID = 1000  # windows that are named in the journal, each once
+_OF_THE_PLACE = ("index_B", "shard_weight")  # fields that say where in the batch a window is, not which one it is
 
 
 class Undecodable:
@@ -62,7 +63,7 @@ class Undecodable:
             self.num_windows += len(bad)
             for place in places.tolist():
                 self._say(windows, place, bad[place])
-        for array in _arrays(vars(windows)):
+        for array in _arrays({name: value for name, value in vars(windows).items() if name not in _OF_THE_PLACE}):
             array[places] = array[stand_ins]
 
     def _say(self, windows: Windows, place: int, why: str) -> None:

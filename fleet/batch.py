@@ -215,6 +215,9 @@ class Split:
         return rank * batch_size // len(self.shards)
 
 
+WHOLE = Split()  # one rank makes every row
+
+
 @dataclasses.dataclass
 class Windows:
     """A batch of windows, a copy that the caller owns.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from algorithms.base import Algorithm, Batch
 from algorithms.policies.base import INSTRUCTION
+from buffer.mixture import loss_table
 from buffer.rate import RateLimiter
 from fleet.batch import BatchNeeds, Windows
 from fleet.errors import LearnerError, NoData
@@ -47,8 +48,8 @@ class BatchSource(Protocol):
         """Its arrays may be overwritten from the next call on."""
         ...
 
-    def feed_back(self, windows: Windows, loss_B: np.ndarray) -> None:
-        """Losses of the samples of a batch, for priorities and adaptive mixtures."""
+    def feed_back(self, windows: Windows, loss_B: np.ndarray, table: np.ndarray) -> None:
+        """Losses of the samples of a batch for priorities, and ``buffer.mixture.loss_table`` of it for adaptive mixtures."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -265,7 +266,8 @@ class Loop:
                     f"part {part!r} of {algorithm.name} has losses of shape {loss_B.shape} for {num_windows} windows",
                     rule="per_sample_B has one loss a window, in their order, where sampling depends on losses",
                 )
-            self._source.feed_back(self._windows, loss_B)
+            table = loss_table(self._windows, loss_B, len(self._instructions_KE))
+            self._source.feed_back(self._windows, loss_B, table)
 
     def _seed_torch(self, step: int) -> None:
         """What draws from torch's own generators (dropout, say) is a function of (seed, step) too."""

@@ -50,7 +50,7 @@ class MemorySource:
     def num_steps(self, source: Source | None = None) -> int:
         return self._visible - self._retired if source in (None, Source.DEMO) else 0
 
-    def feed_back(self, windows: Windows, loss_B: np.ndarray) -> None:
+    def feed_back(self, windows: Windows, loss_B: np.ndarray, table: np.ndarray) -> None:
         pass
 
     def state(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from buffer.ingest import Ingest
 from buffer.log import Log
+from buffer.mixture import loss_table
 from fleet.robot import Source
 from fleet.runfolder import RunFolder
 from tests.buffer.fragments import make_spec, message
@@ -19,6 +20,11 @@ def make_run(path):
     run.config.write_text((ROOT / "examples" / "toy.yaml").read_text())
     (run.path / "tasks.json").write_text('{"reach": {"instruction": "reach it", "embedding": [0.0]}}')
     return run
+
+
+def feed_back(sampler, windows, loss_B):
+    """As a learner with one rank."""
+    sampler.feed_back(windows, loss_B, loss_table(windows, loss_B, len(sampler.index.task_names)))
 
 
 class Writer:

@@ -25,6 +25,7 @@ from fleet.errors import LearnerError, NoData
 from fleet.robot import Source
 from fleet.schema import build_table, decode_fragment, encode_fragment
 from tests.buffer.fragments import episode_row, make_rows, make_spec
+from tests.buffer.runs import feed_back
 from tests.buffer.sampler_model import BOOT, STATE, TASKS, Recorder, assert_windows
 
 P, O, D = int(Source.POLICY), int(Source.OPERATOR), int(Source.DEMO)  # noqa: E741
@@ -145,7 +146,7 @@ def test_scores_follow_their_steps_through_a_restart_after_retention(tmp_path, r
     needs = BatchNeeds(200, 1, (STATE,), ALL, priority=Priority(alpha=1.0, beta=1.0))
     for step in range(30):
         windows = follower.batch(needs, step)
-        follower.feed_back(windows, np.where(windows.obs[STATE][:, 1] == 22, 1.0, 0.001))
+        feed_back(follower, windows, np.where(windows.obs[STATE][:, 1] == 22, 1.0, 0.001))
     windows = follower.batch(needs, 50)
     assert {key[1] for key in drawn(follower, needs)} >= {6, 7, 8}
     rare = windows.obs[STATE][:, 1] != 22
@@ -163,7 +164,7 @@ def test_scores_follow_their_steps_through_a_restart_after_retention(tmp_path, r
     assert chances[0] == chances[1] and sum(chance < 0.01 for chance in chances[0].values()) > 50
     gone = ~follower.index.is_there(windows.step_B)
     assert 0 < gone.sum() < len(gone)
-    follower.feed_back(windows, np.where(gone, 1e6, 1.0))
+    feed_back(follower, windows, np.where(gone, 1e6, 1.0))
     there = np.concatenate([pool.view for pool in follower.index.pools.values()])
     assert scores_in(follower).accept(there).max() == 1, "gone steps do not hold the others down"
 
@@ -173,7 +174,7 @@ def test_a_gone_step_with_the_highest_score_does_not_hold_the_others_down(tmp_pa
     follower = sampler_of(tmp_path)
     needs = BatchNeeds(300, 1, (STATE,), ALL, priority=Priority())
     windows, end = follower.batch(needs, 0), follower.index.end
-    follower.feed_back(windows, np.where(windows.obs[STATE][:, 1] == 0, 1e6, 1.0))
+    feed_back(follower, windows, np.where(windows.obs[STATE][:, 1] == 0, 1e6, 1.0))
     recorder.close()
     used = sum(name.path.stat().st_blocks * 512 for name in list_segments(tmp_path))
     prune(tmp_path, Limits(max_bytes=int(0.7 * used), protect=("operator",)), dry_run=False)
@@ -193,16 +194,16 @@ def test_steps_that_are_never_drawn_do_not_hold_the_others_down(tmp_path):
     sampler = sampler_of(tmp_path)
     for step in range(3):
         windows = sampler.batch(needs, step)
-        sampler.feed_back(windows, np.full(200, 0.01))
+        feed_back(sampler, windows, np.full(200, 0.01))
     assert len(np.unique(windows.step_B)) == 20
     restarted = sampler_of(tmp_path)
     restarted.load_state(sampler.state())
     for which in (sampler, restarted):
         windows = which.batch(needs, 3)
         assert scores_in(which).accept(windows.step_B).min() == 1
-        which.feed_back(windows, np.full(200, 0.001))
+        feed_back(which, windows, np.full(200, 0.001))
         assert scores_in(which).accept(windows.step_B).min() == 1
-    sampler.feed_back(sampler.batch(dataclasses.replace(needs, shares=ALL, priority=None), 4), np.full(200, 9.0))
+    feed_back(sampler, sampler.batch(dataclasses.replace(needs, shares=ALL, priority=None), 4), np.full(200, 9.0))
     sampler.draw(dataclasses.replace(needs, shares=ALL), 5)  # whose scores are others
 
 
@@ -220,13 +221,13 @@ def test_losses_move_an_adaptive_mixture_and_are_kept(tmp_path):
     assert abs(online(sampler, 0) - 0.5) < 0.01
     for step in range(5):
         windows = sampler.batch(needs, step)
-        sampler.feed_back(windows, np.where(windows.source_B == P, 2.0, 0.5))
+        feed_back(sampler, windows, np.where(windows.source_B == P, 2.0, 0.5))
     assert abs(online(sampler, 9) - 0.8) < 0.01
     restarted = sampler_of(tmp_path)
     restarted.load_state(sampler.state())
     assert online(restarted, 9) == online(sampler, 9)
     with pytest.raises(LearnerError):
-        sampler.feed_back(windows, np.full(1000, np.nan))
+        feed_back(sampler, windows, np.full(1000, np.nan))
 
 
 def test_a_damaged_fragment_is_a_gap_that_no_window_crosses(tmp_path):

@@ -1,11 +1,12 @@
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from buffer.draw import draw_windows
-from buffer.mixture import OnlineShare, share_of
-from fleet.batch import Adaptive, BatchNeeds
+from buffer.mixture import OnlineShare, loss_table, share_of
+from fleet.batch import Adaptive, BatchNeeds, Windows
 from fleet.errors import ConfigError, LearnerError
 from fleet.robot import Source
 from tests.buffer.chi_square import assert_drawn_as
@@ -13,10 +14,17 @@ from tests.buffer.chi_square import assert_drawn_as
 P, O, S, D = Source.POLICY, Source.OPERATOR, Source.SCRIPT, Source.DEMO  # noqa: E741
 
 
+def table_of(task_B, source_B, loss_B):
+    """The table of a batch of which nothing else matters."""
+    fields = {field.name: None for field in dataclasses.fields(Windows)}
+    fields |= {"task_B": np.array(task_B), "source_B": np.array(source_B, np.uint8), "index_B": np.arange(len(task_B))}
+    return loss_table(Windows(**fields), np.array(loss_B), 5)
+
+
 def fed(mixture, losses, task=0):
     """Feeds batches of one sample a side: (online loss, offline loss)."""
     for online, offline in losses:
-        mixture.add(np.array([task, task]), np.array([O, D]), np.array([online, offline]))
+        mixture.add(table_of([task, task], [O, D], [online, offline]))
     return mixture
 
 
@@ -35,20 +43,20 @@ def test_golden_values_of_the_formula():
 def test_one_half_until_both_sides_have_a_loss():
     mixture = OnlineShare(Adaptive())
     assert mixture.share(0) == 0.5
-    mixture.add(np.zeros(3, int), np.array([O, P, O]), np.array([9.0, 8.0, 9.0]))
+    mixture.add(table_of([0, 0, 0], [O, P, O], [9.0, 8.0, 9.0]))
     assert mixture.share(0) == 0.5
-    mixture.add(np.zeros(1, int), np.array([D]), np.array([1.0]))
+    mixture.add(table_of([0], [D], [1.0]))
     assert mixture.share(0) == 0.8 and mixture.share(1) == 0.5
 
 
 def test_each_side_gets_the_mean_loss_of_its_own_samples_by_task():
     mixture = OnlineShare(Adaptive(alpha=1.0))
-    task, source = np.array([0, 0, 0, 1, 1, 0]), np.array([O, P, D, O, D, S])
-    mixture.add(task, source, np.array([1.0, 2.0, 1.0, 1.0, 2.0, 2.0]))  # task 0: 1.5 and 1.5; task 1: 1 and 2
+    task, source = [0, 0, 0, 1, 1, 0], [O, P, D, O, D, S]
+    mixture.add(table_of(task, source, [1.0, 2.0, 1.0, 1.0, 2.0, 2.0]))  # task 0: 1.5 and 1.5; task 1: 1 and 2
     assert mixture.share(0) == 0.5
     assert mixture.share(1) == pytest.approx(share_of(1 / 1.5, 2 / 1.5, Adaptive(alpha=1.0)))
     only = OnlineShare(Adaptive(online=(O,), offline=(D,)))
-    only.add(task, source, np.array([2.0, 99.0, 1.0, 1.0, 2.0, 99.0]))  # the policy's and the script's are on no side
+    only.add(table_of(task, source, [2.0, 99.0, 1.0, 1.0, 2.0, 99.0]))  # the policy's and the script's are on no side
     assert only.share(0) == pytest.approx(share_of(4 / 3, 2 / 3, Adaptive()))
 
 
@@ -113,5 +121,7 @@ def test_impossible_settings_and_losses_are_refused():
             Adaptive(**wrong)
     mixture = OnlineShare(Adaptive())
     with pytest.raises(LearnerError, match="sample 1"):
-        mixture.add(np.zeros(2, int), np.array([O, D]), np.array([1.0, np.nan]))
+        table_of([0, 0], [O, D], [1.0, np.nan])
+    with pytest.raises(LearnerError, match="a sum of losses"):
+        mixture.add(table_of([0, 0], [O, D], [1.0, 2.0]) + np.inf)
     assert len(mixture.state()["loss"]) == 0

@@ -75,7 +75,7 @@ def fields(windows):
             for key, inner in value.items():
                 walk(inner, f"{name}/{key}")
         else:
-            found[name] = value
+            found[name] = np.asarray(value)
 
     walk(vars(windows), "")
     return found

@@ -13,7 +13,7 @@ from fleet.files import Files
 from fleet.journal import Journal, read_journal
 from fleet.robot import Source
 from tests.buffer.fragments import make_spec
-from tests.buffer.runs import DEMO, OPERATOR, POLICY, Writer, fill
+from tests.buffer.runs import DEMO, OPERATOR, POLICY, Writer, feed_back, fill
 
 NEEDS = BatchNeeds(200, 1, ("observation.state",), {tuple(Source): 1.0}, by_task=False, priority=Priority(1.0, 1.0))
 
@@ -73,7 +73,7 @@ def test_scores_of_such_a_segment_come_back_to_the_same_steps(run):
         return np.array([scores.setdefault((which.index.episodes.keys[e], frame), 1.0 + len(scores)) for e, frame in steps])
 
     batch = sampler.batch(NEEDS, 0)
-    sampler.feed_back(batch, scores_of(sampler, batch))
+    feed_back(sampler, batch, scores_of(sampler, batch))
     assert len(scores) == sampler.num_steps() == 18
     other = Sampler(buffer, ["reach"], 0)
     other.poll()
@@ -115,7 +115,7 @@ def test_rows_of_the_index_do_not_grow_behind_a_protected_episode(tmp_path, monk
     for number in range(60):
         if number == 20:
             windows = sampler.batch(NEEDS, 0)
-            sampler.feed_back(windows, score_of(windows))
+            feed_back(sampler, windows, score_of(windows))
         writer.episode("arm-0", "b0", number, [DEMO if number in (0, 7, 30) else POLICY] * 3)
         sampler.poll()
         if number % 4 == 3:

@@ -38,9 +38,9 @@ class Recorded:
             self.shares.append(float((windows.source_B == O).mean()))
         return windows
 
-    def feed_back(self, windows, loss_B):
+    def feed_back(self, windows, loss_B, table):
         self.losses.append([float(loss_B[windows.source_B == source].mean()) for source in (D, O)])
-        self._inner.feed_back(windows, loss_B)
+        self._inner.feed_back(windows, loss_B, table)
 
 
 def write_log(run):
@@ -96,7 +96,7 @@ def test_what_is_hard_is_drawn_more_often_where_there_is_a_priority(tmp_path):
         loop._algorithm.needs = dataclasses.replace(
             loop._algorithm.needs, shares=demos, adaptive=None, priority=Priority(1.0, 0.5)
         )
-        source.feed_back = lambda windows, loss_B: (seen.append(windows), source._inner.feed_back(windows, loss_B))
+        source.feed_back = lambda windows, *losses: (seen.append(windows), source._inner.feed_back(windows, *losses))
         loop.run(lambda: False)
     # The loss of a demonstration's step is about its frame, 0 to 11: in proportion to it the mean is 7.7, uniformly 5.5.
     first, last = (np.concatenate([windows.frame_B for windows in some]) for some in (seen[:3], seen[10:]))
@@ -118,7 +118,7 @@ def test_micro_batches_give_the_same_losses_sample_by_sample(tmp_path):
         write_log(run)
         source, sampler, loop = adaptive_loop(run, None, steps=1, engine={"micro_batch": micro_batch})
         with contextlib.closing(sampler):
-            source.feed_back = lambda windows, loss_B: losses.append(loss_B)
+            source.feed_back = lambda windows, loss_B, table: losses.append(loss_B)
             loop.run(lambda: False)
     assert losses[0].shape == (40,) and len(set(losses[0].tolist())) > 10
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

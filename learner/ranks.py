@@ -3,21 +3,32 @@
     ranks = Ranks(rank, size, shard_of_rank, "tcp://10.0.0.1:29400", timeout_s=60)
     facts = ranks.gather([stop, num_new_steps])       # the same table on every rank, so all decide alike
 
-Ranks of one node read one shard of the buffer and stand next to each other. Nothing here is a pickle.
+Ranks of one node read one shard of the buffer and stand next to each other. A rank that fails leaves its error for the
+others (``fail``); who waits for it in an exchange raises that error, so that people see the cause and not its echo.
+Nothing here is a pickle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import json
+import time
 from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from fleet.batch import Split
-from fleet.errors import LearnerError
+from fleet.errors import FleetError, LearnerError
+
+LOOK_S = 0.2  # between two looks at what a rank left, while others wait for it
+LINGER_S = 2.0  # rank 0, which keeps what ranks left, waits so long for the others to read it
+_FAILED, _READ = "failed", "read"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +48,15 @@ class RankPlace:
     def size(self) -> int:
         return len(self.shards)
 
+    @property
+    def num_shards(self) -> int:
+        return self.shards[-1] + 1
+
+    @property
+    def leaders(self) -> list[int]:
+        """The first rank of each shard."""
+        return [self.shards.index(shard) for shard in range(self.num_shards)]
+
     def split(self) -> Split:
         """The part of each batch that this rank makes."""
         return Split(self.rank, self.shards)
@@ -50,24 +70,30 @@ class Ranks:
         device: "cuda" adds NCCL for tensors on GPUs.
 
     Raises:
-        LearnerError: The other ranks did not come within the timeout.
+        LearnerError: The other ranks did not come within the timeout. Every exchange: another rank failed (its own error),
+            ended, or did not answer in time.
     """
 
     def __init__(self, place: RankPlace, device: str = "cpu") -> None:
         self.place, self.rank, self.size = place, place.rank, place.size
-        if place.rendezvous:
-            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-            timeout = datetime.timedelta(seconds=place.timeout_s)
-            try:
-                dist.init_process_group(
-                    backend, init_method=place.rendezvous, rank=place.rank, world_size=place.size, timeout=timeout
-                )
-            except (RuntimeError, ValueError) as error:
-                raise LearnerError(
-                    f"rank {place.rank} of {place.size} did not meet the others at {place.rendezvous}: {error}",
-                    rule="all ranks reach rank 0",
-                    remedy="look at the logs of the other ranks, and at the firewall between the nodes",
-                ) from None
+        self._store: Any = None
+        self._failed = False
+        if not place.rendezvous:
+            return
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        timeout = datetime.timedelta(seconds=place.timeout_s)
+        address = urlsplit(place.rendezvous)
+        try:
+            self._store = dist.TCPStore(
+                address.hostname or "", address.port or 0, place.size, is_master=place.rank == 0, timeout=timeout
+            )
+            dist.init_process_group(backend, store=self._store, rank=place.rank, world_size=place.size, timeout=timeout)
+        except (RuntimeError, ValueError) as error:
+            raise LearnerError(
+                f"rank {place.rank} of {place.size} did not meet the others at {place.rendezvous}: {_first_line(error)}",
+                rule="all ranks reach rank 0",
+                remedy="look at the logs of the other ranks, and at the firewall between the nodes",
+            ) from None
 
     @property
     def first(self) -> bool:
@@ -77,8 +103,7 @@ class Ranks:
     @property
     def shard_leader(self) -> bool:
         """Whether this is the first rank of its shard."""
-        shards = self.place.shards
-        return shards.index(shards[self.rank]) == self.rank
+        return self.rank in self.place.leaders
 
     def gather(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
         """Everybody's numbers: (size, ...) float64, row r from rank r, the same on every rank."""
@@ -86,7 +111,7 @@ class Ranks:
         if self.size == 1:
             return mine.numpy()[None]
         rows = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(rows, mine)
+        self._wait(dist.all_gather(rows, mine, async_op=True))
         return torch.stack(rows).numpy()
 
     def broadcast_bytes(self, data: bytes, source: int = 0) -> bytes:
@@ -94,11 +119,11 @@ class Ranks:
         if self.size == 1:
             return data
         length = torch.tensor([len(data)])
-        dist.broadcast(length, source)
+        self._wait(dist.broadcast(length, source, async_op=True))
         buffer = torch.empty(int(length), dtype=torch.uint8)
         if self.rank == source and data:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(buffer, source)
+        self._wait(dist.broadcast(buffer, source, async_op=True))
         return buffer.numpy().tobytes()
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
@@ -110,9 +135,68 @@ class Ranks:
         if data:
             buffer[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         rows = [torch.empty_like(buffer) for _ in range(self.size)]
-        dist.all_gather(rows, buffer)
+        self._wait(dist.all_gather(rows, buffer, async_op=True))
         return [row.numpy()[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
+    def fail(self, error: BaseException) -> FleetError | None:
+        """This rank cannot go on. Tells the others why, unless one told its reason before: the first one counts.
+
+        Returns:
+            That of another rank, where this error only is its echo or came later.
+        """
+        if self._store is None or self._failed:
+            return None
+        self._failed = True
+        known = error if isinstance(error, FleetError) else LearnerError(f"{type(error).__name__}: {error}")
+        fields = json.dumps({**known.to_fields(), "rank": self.rank})
+        with contextlib.suppress(RuntimeError):  # rank 0 is gone: nobody is there to be told
+            first = json.loads(self._store.compare_set(_FAILED, "", fields))
+            if first["rank"] != self.rank:
+                self._store.add(_READ, 1)
+                return _error_of(first)
+            deadline = time.monotonic() + LINGER_S
+            while self.first and self._store.add(_READ, 0) < self.size - 1 and time.monotonic() < deadline:
+                time.sleep(LOOK_S / 4)
+        return None
+
     def close(self) -> None:
-        if self.place.rendezvous and dist.is_initialized():
+        """Leaves the others. After a failure the connections stay until the process ends: an exchange may be pending."""
+        if self._store is not None and not self._failed and dist.is_initialized():
             dist.destroy_process_group()
+        self._store = None
+
+    def _wait(self, work: Any) -> None:
+        looked, pause_s = time.monotonic(), 0.0
+        while not work.is_completed():
+            time.sleep(pause_s)
+            pause_s = min(pause_s + 2e-5, 1e-3)
+            if time.monotonic() - looked >= LOOK_S:
+                looked = time.monotonic()
+                self._look()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            self._look()
+            raise LearnerError(
+                f"rank {self.rank} lost another rank: {_first_line(error)}",
+                rule=f"every rank answers within {self.place.timeout_s:g} s",
+                remedy="look at the logs of the other ranks",
+            ) from None
+
+    def _look(self) -> None:
+        """Raises what another rank left."""
+        with contextlib.suppress(RuntimeError):
+            if self._store.check([_FAILED]):
+                self._failed = True
+                self._store.add(_READ, 1)
+                raise _error_of(json.loads(self._store.get(_FAILED)))
+
+
+def _error_of(fields: dict[str, Any]) -> FleetError:
+    error = LearnerError(f"rank {fields['rank']}: {fields['what']}", rule=fields["rule"], remedy=fields["remedy"])
+    error.code = fields["code"]  # so that whoever restarts ranks treats it as the first rank's own
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -60,12 +60,16 @@ class Part:
 
 @dataclasses.dataclass
 class LossOutput:
-    """sum and weight: the engine divides the summed loss by the summed weight. per_sample_B: for samplers."""
+    """sum and weight: the engine divides the summed loss by the summed weight. per_sample_B: for samplers.
+
+    stats: a mean over the rows, or a pair (sum, weight) whose sums over all micro-batches and ranks are divided; 0 where
+    nothing has weight.
+    """
 
     sum: Tensor
     weight: Tensor
     per_sample_B: Tensor
-    stats: dict[str, Tensor]
+    stats: dict[str, Tensor | tuple[Tensor, Tensor]]
 
 
 class Algorithm(Protocol):

@@ -155,3 +155,9 @@ class LearnerError(FleetError):
     """Training cannot start or go on."""
 
     code = "learner"
+
+
+class OutOfMemory(LearnerError):
+    """A rank has not enough memory. The remedy names the settings that need less and are not used yet."""
+
+    code = "out_of_memory"

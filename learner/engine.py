@@ -1,23 +1,29 @@
-"""What happens to the parameters in one update: backward, sum over micro-batches, clipping, optimizer.
+"""What happens to the parameters in one update: the contract, and what all engines are made of.
 
-``Engine`` is all that the loop knows. ``TorchEngine`` is the plain one, for one process and one device.
+``Engine`` is all that the loop knows. An engine wraps the loss, not the policy: ``LossModule`` holds a part's module and calls
+the algorithm inside its ``forward``, so algorithms may call any method of a module and never see how it is trained.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from algorithms.base import Algorithm, Batch, LossOutput
+from algorithms.base import Batch, LossOutput
 from fleet.errors import LearnerError
+from learner.ranks import Ranks
 
 LossFunction = Callable[[str, Batch], LossOutput]
 Timed = Callable[[str], AbstractContextManager[None]]
+Parameters = Mapping[str, nn.Parameter]
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
@@ -35,15 +41,15 @@ class Engine(Protocol):
         times ``batch.shard_weight``. Every other part is frozen meanwhile.
 
         Args:
-            batch: The rows of this rank.
+            batch: The rows of this rank, at least one.
             timed: Makes a context for "forward", "backward" and "optimizer".
 
         Returns:
             ``loss``, ``grad_norm``, ``weight`` and the algorithm's stats, of all ranks. ``grad_norm`` is before clipping.
 
         Raises:
-            LearnerError: The loss or a gradient is not finite, on every rank alike; nothing has been changed then. Or
-                there is not enough memory; the remedy names the settings that help.
+            LearnerError: The loss or a gradient is not finite, on every rank alike; nothing has been changed then.
+            OutOfMemory: There is not enough memory; the remedy names the settings that help.
         """
         ...
 
@@ -81,126 +87,89 @@ class Engine(Protocol):
         ...
 
 
-class TorchEngine:
-    """Plain torch.
+class LossModule(nn.Module):
+    """A part's loss as a module: what DDP and DeepSpeed wrap.
 
     Args:
-        algorithm: Its parts and frozen modules are moved to ``device``; frozen ones stop requiring gradients.
-        micro_batch: Samples in one backward pass; 0 for the whole batch.
-        max_grad_norm: Gradients are scaled down to this norm; 0 for no limit.
+        part: Its name.
+        module: The part's module, the only one in here.
+        dtype: "bfloat16": the loss runs under autocast.
     """
 
-    def __init__(self, algorithm: Algorithm, *, device: torch.device, micro_batch: int = 0, max_grad_norm: float = 0.0) -> None:
-        self._micro_batch, self._max_norm = micro_batch, max_grad_norm or float("inf")
-        for module in algorithm.frozen.values():
-            module.to(device).requires_grad_(False)
-        self._modules = {name: part.module.to(device) for name, part in algorithm.parts.items()}
-        # Read once: while one part is updated the others are frozen, and this says what to thaw afterwards.
-        self._trained = {name: _trainable(module) for name, module in self._modules.items()}
-        self._optimizers = {name: part.make_optimizer(self._trained[name].values()) for name, part in algorithm.parts.items()}
-        self._per_sample: dict[str, list[Tensor]] = {}
-        self._others = {
-            name: [
-                p
-                for other in self._trained
-                if other != name
-                for p in self._trained[other].values()
-                if not _holds(self._trained[name], p)
-            ]
-            for name in self._trained
-        }
+    def __init__(self, part: str, module: nn.Module, dtype: str = "float32") -> None:
+        super().__init__()
+        self.module, self._part, self._autocast = module, part, dtype == "bfloat16"
 
-    def update(self, part: str, loss: LossFunction, batch: Batch, timed: Timed = untimed) -> dict[str, float]:
-        """See Engine."""
-        optimizer, parameters = self._optimizers[part], list(self._trained[part].values())
-        optimizer.zero_grad(set_to_none=True)
-        for other in self._others[part]:
-            other.requires_grad_(False)
-        try:
-            sums = self._backward(part, loss, batch)
-        finally:
-            for other in self._others[part]:
-                other.requires_grad_(True)
-        if sums is None:
-            return {"loss": 0.0, "weight": 0.0}
-        total, weight, stats = sums
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        for gradient in gradients:
-            gradient.div_(weight)
-        norm = nn.utils.clip_grad_norm_(parameters, self._max_norm)
-        names = ["loss", "grad_norm", "weight", *stats]
-        # One transfer for all numbers: on a GPU each one alone would wait for the device.
-        values = torch.stack([total / weight, norm, weight, *stats.values()]).tolist()
-        numbers = dict(zip(names, values, strict=True))
-        if not all(abs(numbers[name]) < float("inf") for name in ("loss", "grad_norm")):
-            optimizer.zero_grad(set_to_none=True)
-            raise LearnerError(
-                f"part {part!r} has loss {numbers['loss']} and gradient norm {numbers['grad_norm']}",
-                rule="loss and gradients are finite",
-                remedy="look for broken data, or lower the learning rate; the weights are as before this step",
-            )
-        optimizer.step()
-        return numbers
-
-    def _backward(self, part: str, loss: LossFunction, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]] | None:
-        """Sums loss, weight and stats over the micro-batches; None when nothing in the batch has weight."""
-        total, weight = torch.zeros(()), torch.zeros(())
-        stats: dict[str, Tensor] = {}
-        per_sample = self._per_sample[part] = []
-        for micro, share in micro_batches(batch, self._micro_batch):
-            out = loss(part, micro)
-            out.sum.backward()
-            per_sample.append(out.per_sample_B.detach())
-            total = total.to(out.sum.device) + out.sum.detach().float()
-            weight = weight.to(out.sum.device) + out.weight.detach().float()
-            for name, value in out.stats.items():
-                part_of_it = value.detach().float().to(out.sum.device) * share
-                stats[name] = stats[name] + part_of_it if name in stats else part_of_it
-        return (total, weight, stats) if float(weight) > 0 else None
-
-    def per_sample(self, part: str) -> Tensor:
-        """See Engine. Copied when it is asked for."""
-        return torch.cat(self._per_sample[part]).float().cpu()
-
-    def gathered(self) -> AbstractContextManager[None]:
-        """See Engine."""
-        return nullcontext()
-
-    def weights(self) -> dict[str, dict[str, Tensor]]:
-        """See Engine. The tensors are the live ones."""
-        return {name: module.state_dict() for name, module in self._modules.items()}
-
-    def load_weights(self, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """See Engine."""
-        for name, module in self._modules.items():
-            try:
-                module.load_state_dict(weights[name])
-            except (KeyError, RuntimeError) as error:
-                raise LearnerError(f"part {name!r} does not fit: {error}"[:500], rule="same modules, same shapes") from None
-
-    def state(self) -> dict[str, Any]:
-        """See Engine. The tensors are the live ones."""
-        return {name: _optimizer_state(optimizer, self._trained[name]) for name, optimizer in self._optimizers.items()}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """See Engine."""
-        if set(state) != set(self._optimizers):
-            raise LearnerError(
-                f"a checkpoint has optimizers of {sorted(state)}", rule=f"this algorithm trains {sorted(self._optimizers)}"
-            )
-        for name, optimizer in self._optimizers.items():
-            _load_optimizer(optimizer, self._trained[name], state[name], name)
+    def forward(self, loss: LossFunction, micro: Batch, factor: float = 1.0) -> LossOutput:
+        """The algorithm's loss of some rows, everything in it times ``factor``; all stats are pairs of a sum and its weight.
+        Only ``sum`` carries gradients."""
+        kind = micro.actions_BHA.device.type
+        # Without the cache: a weight that was used under no_grad first (a target, say) would get no gradient afterwards.
+        with torch.autocast(kind, torch.bfloat16, enabled=self._autocast, cache_enabled=False):
+            out = loss(self._part, micro)
+        total = out.sum if factor == 1.0 else out.sum * factor
+        if not total.requires_grad:  # nothing here is trained on, but the other ranks wait for this one's gradient
+            total = total + 0.0 * next(p for p in self.module.parameters() if p.requires_grad).sum()
+        rows = len(micro.actions_BHA) * factor
+        stats: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
+        for name, value in out.stats.items():
+            top, bottom = value if isinstance(value, tuple) else (value * rows, torch.full_like(value, rows))
+            scale = factor if isinstance(value, tuple) else 1.0
+            stats[name] = (top.detach() * scale, bottom.detach() * scale)
+        return LossOutput(total, out.weight.detach() * factor, out.per_sample_B.detach(), stats)
 
 
-def micro_batches(batch: AnyBatch, size: int) -> Iterator[tuple[AnyBatch, float]]:
-    """Slices of a batch along B, each with its share of the whole. Every tensor of the batch has B first."""
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def training_only(part: str, trained: Mapping[str, Parameters]) -> Iterator[None]:
+    """Freezes the parameters of all other parts, except for those that ``part`` shares with them.
+
+    An actor's loss runs through a critic: left trainable, the critic would collect gradients of the wrong loss, which ZeRO-1
+    then adds to its own without an error.
+
+    Args:
+        trained: Trained parameters of each part, by name.
+    """
+    own = {id(p) for p in trained[part].values()}
+    others = [p for other, parameters in trained.items() if other != part for p in parameters.values() if id(p) not in own]
+    for p in others:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in others:
+            p.requires_grad_(True)
+
+
+def num_micro_batches(num_rows: int, micro_batch: int, ranks: Ranks) -> int:
+    """Backward passes in one update, the same on all ranks: as many as the rank with most rows needs. An exchange between
+    the ranks where ``micro_batch`` is not 0 (all rows at once)."""
+    if not micro_batch:
+        return 1
+    most = num_rows if ranks.size == 1 else int(ranks.gather([num_rows]).max())
+    return max(-(-most // micro_batch), 1)
+
+
+def split_micro(batch: AnyBatch, num: int) -> Iterator[tuple[AnyBatch, int]]:
+    """Cuts a batch along B into ``num`` slices of nearly the same size; every tensor of the batch has B first.
+
+    Yields:
+        A slice and its number of rows. Where there are fewer rows than slices some come with 0: they hold the first row, to
+        be taken times nothing, since a collective call in a forward pass needs all ranks.
+    """
     total = len(batch.actions_BHA)
-    if size <= 0 or size >= total:
-        yield batch, 1.0
-        return
-    for begin in range(0, total, size):
-        rows = slice(begin, min(begin + size, total))
-        yield _rows(batch, rows), (rows.stop - begin) / total
+    for i in range(num):
+        begin, end = i * total // num, (i + 1) * total // num
+        if num == 1:
+            yield batch, total
+        elif begin < end:
+            yield _rows(batch, slice(begin, end)), end - begin
+        else:
+            yield _rows(batch, slice(0, 1)), 0
 
 
 def _rows(batch: AnyBatch, rows: slice) -> AnyBatch:
@@ -212,29 +181,125 @@ def _rows(batch: AnyBatch, rows: slice) -> AnyBatch:
     return dataclasses.replace(batch, **{f.name: cut(getattr(batch, f.name)) for f in dataclasses.fields(batch)})
 
 
-def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+class Numbers:
+    """Sums of what the losses of an update said, in float64 on the device. Adding waits for no device.
+
+    ``changed_buffers``: number of ranks on which the loss changed the module's buffers.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        self.loss, self.weight, self.changed_buffers = zero, zero, zero
+        self.stats: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, out: LossOutput) -> None:
+        """Adds what a LossModule returned."""
+        self.loss, self.weight = self.loss + out.sum.detach(), self.weight + out.weight
+        for name, value in out.stats.items():
+            old = self.stats.get(name, (0.0, 0.0))
+            self.stats[name] = (old[0] + value[0].double(), old[1] + value[1].double())
+
+    def divisor(self) -> Tensor:
+        """The weight that losses and gradients are divided by; 1 where nothing has weight."""
+        return torch.where(self.weight > 0, self.weight, torch.ones_like(self.weight))
+
+    def read(self, norm: Tensor) -> dict[str, float]:
+        """``loss``, ``grad_norm``, ``weight`` and the stats, each divided by its weight; a stat without weight is 0.
+
+        One transfer for all numbers: on a GPU each one alone would wait for the device.
+        """
+        means = [top / torch.where(bottom > 0, bottom, torch.ones_like(bottom)) for top, bottom in self.stats.values()]
+        values = torch.stack([self.loss / self.divisor(), norm.double(), self.weight, *means]).tolist()
+        return dict(zip(("loss", "grad_norm", "weight", *self.stats), values, strict=True))
 
 
-def _holds(parameters: Mapping[str, nn.Parameter], wanted: nn.Parameter) -> bool:
-    return any(p is wanted for p in parameters.values())
+class RankSums:
+    """Adds the numbers of all ranks up, in one exchange. The names of a part's stats are agreed on in its first update; a
+    rank may lack some of them in any update, but not have new ones."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self._names = ranks, dict[str, list[str]]()
+
+    def __call__(self, part: str, numbers: Numbers) -> Numbers:
+        """The same Numbers on all ranks.
+
+        Raises:
+            LearnerError: A stat has a name that no rank had before.
+        """
+        if self._ranks.size == 1:
+            return numbers
+        if part not in self._names:
+            names = [json.loads(data) for data in self._ranks.gather_bytes(json.dumps([*numbers.stats]).encode())]
+            self._names[part] = list(dict.fromkeys(name for rank in names for name in rank))
+        names = self._names[part]
+        if not set(numbers.stats) <= set(names):
+            raise LearnerError(
+                f"part {part!r} has stats {sorted(numbers.stats)}", rule=f"the first update had {sorted(names)}, on any rank"
+            )
+        zero = torch.zeros_like(numbers.loss)
+        pairs = [value for name in names for value in numbers.stats.get(name, (zero, zero))]
+        sums = torch.stack([numbers.loss, numbers.weight, numbers.changed_buffers, *pairs])
+        dist.all_reduce(sums)
+        total = Numbers(sums.device)
+        total.loss, total.weight, total.changed_buffers = sums[:3]
+        total.stats = {name: (sums[3 + 2 * i], sums[4 + 2 * i]) for i, name in enumerate(names)}
+        return total
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+def require_finite(part: str, numbers: Mapping[str, float]) -> None:
+    """Raises LearnerError unless loss and gradient norm are finite."""
+    if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
+        raise LearnerError(
+            f"part {part!r} has loss {numbers['loss']} and gradient norm {numbers['grad_norm']}",
+            rule="loss and gradients are finite",
+            remedy="look for broken data, or lower the learning rate; the weights are as before this step",
+        )
+
+
+def load_modules(modules: Mapping[str, nn.Module], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Loads each part's module from tensors by name.
+
+    Raises:
+        LearnerError: A part is missing or has other names or shapes.
+    """
+    for name, module in modules.items():
+        try:
+            module.load_state_dict(weights[name])
+        except (KeyError, RuntimeError) as error:
+            raise LearnerError(f"part {name!r} does not fit: {error}"[:500], rule="same modules, same shapes") from None
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Parameters) -> dict[str, Any]:
+    """State of an optimizer by parameter name: {"state": {name: {key: value}}, "groups": [{..., "params": [names]}]}. The
+    tensors are the live ones."""
     names = {id(p): name for name, p in parameters.items()}
     groups = [{**g, "params": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
     return {"state": {names[id(p)]: dict(s) for p, s in optimizer.state.items()}, "groups": groups}
 
 
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Any], part: str
-) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Parameters, saved: Mapping[str, Any], part: str) -> None:
+    """The reverse of ``optimizer_state``.
+
+    Raises:
+        LearnerError: It is of other parameters.
+    """
     names = {id(p): name for name, p in parameters.items()}
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    if [n for group in saved["groups"] for n in group["params"]] != order:
-        raise LearnerError(
-            f"a checkpoint has other parameters in part {part!r}", rule="a run goes on with the modules that it began with"
-        )
+    require_same_parameters(saved, order, part)
     index = {name: i for i, name in enumerate(order)}
     groups = [{**g, "params": [index[n] for n in g["params"]]} for g in saved["groups"]]
     optimizer.load_state_dict({"state": {index[n]: dict(s) for n, s in saved["state"].items()}, "param_groups": groups})
+
+
+def require_same_parts(saved: Mapping[str, Any], parts: Iterable[str]) -> None:
+    """Raises LearnerError when saved optimizers are of other parts."""
+    if set(saved) != set(parts):
+        raise LearnerError(f"a checkpoint has optimizers of {sorted(saved)}", rule=f"this algorithm trains {sorted(parts)}")
+
+
+def require_same_parameters(saved: Mapping[str, Any], order: Sequence[str], part: str) -> None:
+    """Raises LearnerError when a saved optimizer is of other parameters, or has them in another order."""
+    if [n for group in saved["groups"] for n in group["params"]] != list(order):
+        raise LearnerError(
+            f"a checkpoint has other parameters in part {part!r}", rule="a run goes on with the modules that it began with"
+        )

@@ -28,12 +28,14 @@ from fleet.runfolder import RunFolder
 from fleet.server.releases import ReleaseStore
 from fleet.spec import RobotSpec
 from learner.checkpoint import Checkpoint, Checkpoints
-from learner.engine import Engine, TorchEngine
+from learner.engine import Engine
+from learner.engines import make_engine
 from learner.feed import allocator
 from learner.loop import POLL_S, BatchSource, Loop, LoopSettings, Phase
 from learner.main import EngineConfig, LearnerConfig, PolicyConfig, algorithm_class
 from learner.progress import Progress
 from learner.publisher import Publisher
+from learner.ranks import RankPlace, Ranks
 from learner.skipped import COUNTED, Skipped
 
 LOCK_WAIT_S = 3.0
@@ -143,8 +145,7 @@ def make_phases(policy: Any, tables: Mapping[str, Any], device: torch.device) ->
         def make() -> tuple[Algorithm, Engine]:
             cls = algorithm_class(tables[where], where)
             algorithm = cls(policy, cls.Config(**tables[where].config))
-            engine = TorchEngine(algorithm, device=device, micro_batch=own.micro_batch, max_grad_norm=own.max_grad_norm)
-            return algorithm, engine
+            return algorithm, make_engine(own, algorithm, device, Ranks(RankPlace()))
 
         return make
 

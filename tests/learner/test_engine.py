@@ -6,7 +6,10 @@ import torch
 from torch import nn
 
 from fleet.errors import LearnerError
-from learner.engine import TorchEngine, micro_batches
+from learner.engine import split_micro
+from learner.engine_torch import TorchEngine
+from learner.main import EngineConfig
+from learner.ranks import RankPlace, Ranks
 from tests.batches import make_batch
 from tests.learner_toys import ACTION_DIM, STATE_DIM, LinearPolicy, Pair, PairConfig
 
@@ -29,13 +32,17 @@ def copies(algorithm):
     return {name: copy.deepcopy(part.module.state_dict()) for name, part in algorithm.parts.items()}
 
 
+def engine_of(algorithm, **config):
+    return TorchEngine(algorithm, EngineConfig(**config), CPU, Ranks(RankPlace()))
+
+
 def equal(first, second):
     return all(torch.equal(first[n], second[n]) for n in first)
 
 
 def test_one_part_changes_at_a_time():
     algorithm = make_pair()
-    engine = TorchEngine(algorithm, device=CPU)
+    engine = engine_of(algorithm)
     before = copies(algorithm)
     engine.update("policy", algorithm.loss, pair_batch())
     after = copies(algorithm)
@@ -51,7 +58,7 @@ def test_one_part_changes_at_a_time():
 @pytest.mark.parametrize("size", [1, 3, 5, 9])
 def test_micro_batches_give_the_update_of_the_whole(size):
     whole, cut = make_pair(), make_pair()
-    engines = TorchEngine(whole, device=CPU), TorchEngine(cut, device=CPU, micro_batch=size)
+    engines = engine_of(whole), engine_of(cut, micro_batch=size)
     for part in ("policy", "critic"):
         numbers = engines[0].update(part, whole.loss, pair_batch()), engines[1].update(part, cut.loss, pair_batch())
         assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-6)
@@ -62,15 +69,17 @@ def test_micro_batches_give_the_update_of_the_whole(size):
 
 def test_micro_batches_cover_every_sample_once():
     batch = pair_batch(10)
-    parts = list(micro_batches(batch, 4))
-    assert [len(micro.actions_BHA) for micro, _ in parts] == [4, 4, 2]
-    assert sum(share for _, share in parts) == pytest.approx(1)
+    parts = list(split_micro(batch, 4))
+    assert [rows for _, rows in parts] == [2, 3, 2, 3]
     assert torch.equal(torch.cat([micro.obs["observation.state"] for micro, _ in parts]), batch.obs["observation.state"])
+    # A rank with fewer rows than others makes as many passes, some of them of no row; never the last one.
+    few = list(split_micro(pair_batch(2), 3))
+    assert [rows for _, rows in few] == [0, 1, 1] and all(len(micro.actions_BHA) == 1 for micro, _ in few)
 
 
 def test_the_update_is_that_of_plain_torch():
     algorithm, plain = make_pair(), make_pair()
-    engine = TorchEngine(algorithm, device=CPU, max_grad_norm=0.05)
+    engine = engine_of(algorithm, max_grad_norm=0.05)
     optimizer = torch.optim.SGD(plain.policy.parameters(), lr=0.1, momentum=0.9)
     for seed in range(3):
         numbers = engine.update("policy", algorithm.loss, pair_batch(seed=seed))
@@ -88,7 +97,7 @@ def test_the_update_is_that_of_plain_torch():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_changes_nothing(bad):
     algorithm = make_pair()
-    engine = TorchEngine(algorithm, device=CPU)
+    engine = engine_of(algorithm)
     engine.update("policy", algorithm.loss, pair_batch())
     before, optimizer = copies(algorithm), copy.deepcopy(engine.state())
     batch = pair_batch()
@@ -104,7 +113,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(bad):
 
 def test_a_batch_without_weight_is_passed_over():
     algorithm = make_pair()
-    engine = TorchEngine(algorithm, device=CPU)
+    engine = engine_of(algorithm)
     before = copies(algorithm)
 
     def nothing(part, micro):
@@ -118,7 +127,7 @@ def test_a_batch_without_weight_is_passed_over():
 
 def test_optimizer_state_is_kept_by_name():
     first, second = make_pair(), make_pair(learning_rate=0.3)
-    engines = TorchEngine(first, device=CPU), TorchEngine(second, device=CPU)
+    engines = engine_of(first), engine_of(second)
     engines[0].update("policy", first.loss, pair_batch())
     state = engines[0].state()
     assert set(state["policy"]["state"]) == {"linear.weight", "linear.bias"}
@@ -133,7 +142,7 @@ def test_optimizer_state_is_kept_by_name():
 
 def test_optimizer_state_of_other_modules_is_refused():
     algorithm = make_pair()
-    engine = TorchEngine(algorithm, device=CPU)
+    engine = engine_of(algorithm)
     state = engine.state()
     with pytest.raises(LearnerError, match="optimizers of"):
         engine.load_state({"policy": state["policy"]})

@@ -10,12 +10,16 @@ from pathlib import Path
 from fleet.errors import RunFolderError
 
 FORMAT = "fleet-rl run"
+SHARED_FOLDERS = ("keys", "releases", "checkpoints", "nodes")
+SHARED_FILES = ("run.json", "run.yaml", "tasks.json")
 
 
 class RunFolder:
     """Paths of a run. ``create`` makes one, ``open`` checks that a folder is one.
 
     run.yaml is the configuration; keys/ says who may connect; buffer/ is the log; the rest can be read off the names.
+    In a run of several nodes each node has such a folder of its own, in which what all of them need (``SHARED_FOLDERS``,
+    ``SHARED_FILES``) are links into one folder on a file system that all mount: ``attach`` makes one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,32 +34,70 @@ class RunFolder:
         self.logs = path / "logs"
         self.report = path / "report"
         self.robots = path / "robots"  # credential files and spools of robots simulated on this machine
+        self.nodes = path / "nodes"  # who serves the run; only where it is shared
+        self.learner_status = path / "learner-status.json"
 
     @property
     def run_id(self) -> str:
         return str(json.loads(self.mark.read_text())["run_id"])
 
+    @property
+    def shared(self) -> Path | None:
+        """The folder that all nodes of the run share, None for a run of one node."""
+        return self.nodes.resolve().parent if self.nodes.is_symlink() else None
+
     @classmethod
-    def create(cls, path: Path) -> RunFolder:
+    def create(cls, path: Path, shared: Path | None = None) -> RunFolder:
         """Makes a new run folder.
 
+        Args:
+            shared: Where the part lies that all nodes share; None: in the run folder.
+
         Raises:
-            RunFolderError: The path holds something already.
+            RunFolderError: One of the paths holds something already.
         """
         run = cls(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            whose = "a run of this project" if run.mark.exists() else "something else"
-            raise RunFolderError(
-                f"{path} holds {whose}",
-                rule="a new run starts in an empty folder",
-                remedy="add --resume to go on with it, or name another folder",
-            )
-        for folder in (run.keys, run.registry, run.buffer, run.releases, run.checkpoints, run.logs, run.report, run.robots):
-            folder.mkdir(parents=True, exist_ok=True)
-        run.keys.chmod(0o700)
+        for folder in filter(None, (path, shared)):
+            _check_empty(folder)
+        if shared is None:
+            run._make(("keys", "releases", "checkpoints"))
+            truth = run
+        else:
+            truth = cls(shared)
+            truth._make(SHARED_FOLDERS)
+        truth.keys.chmod(0o700)
         mark = {"format": FORMAT, "run_id": f"{path.name}-{secrets.token_hex(4)}", "created_ns": time.time_ns()}
-        run.mark.write_text(json.dumps(mark))
+        truth.mark.write_text(json.dumps(mark))
+        if shared is not None:
+            return cls.attach(path, shared)
+        run._make(("registry", "buffer", "logs", "report", "robots"))
         return run
+
+    @classmethod
+    def attach(cls, path: Path, shared: Path) -> RunFolder:
+        """The run folder of one node of the run whose shared part is ``shared``; made where it is missing.
+
+        Raises:
+            RunFolderError: ``shared`` is no run, or ``path`` belongs to another run or to something else.
+        """
+        truth, run = cls.open(shared), cls(path)
+        if run.path.exists() and any(run.path.iterdir()) and run.shared != truth.path:
+            raise RunFolderError(
+                f"{path} does not belong to the run in {shared}",
+                rule="a node's folder holds one run, linked to its shared part",
+                remedy="name another folder, see cluster.node_folder",
+            )
+        run.path.mkdir(parents=True, exist_ok=True)
+        # The link that tells whose folder it is comes first: a folder that was left half made is completed later.
+        for name in sorted((*SHARED_FOLDERS, *SHARED_FILES), key=lambda name: name != "nodes"):
+            if not (run.path / name).is_symlink():
+                (run.path / name).symlink_to(truth.path / name)
+        run._make(("registry", "buffer", "logs", "report", "robots"))
+        return run
+
+    def _make(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            (self.path / name).mkdir(parents=True, exist_ok=True)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -80,3 +122,13 @@ class RunFolder:
                 remedy="name a run's folder, or a new one",
             )
         return run
+
+
+def _check_empty(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        whose = "a run of this project" if RunFolder(path).mark.exists() else "something else"
+        raise RunFolderError(
+            f"{path} holds {whose}",
+            rule="a new run starts in an empty folder",
+            remedy="add --resume to go on with it, or name another folder",
+        )

@@ -28,7 +28,7 @@ from fleet.spec import RobotSpec
 from fleet.spool import SpooledFragment
 from fleet.transport_zmq import ZmqRobotLink
 from infra.enroll import enroll_here
-from infra.supervisor import Child, Supervisor, end_earlier
+from infra.supervisor import Supervisor, end_recorded
 from infra.up import lock_run, start_gateway
 
 STALLED_S = 60.0
@@ -203,8 +203,8 @@ def served(run: RunFolder) -> Iterator[tuple[str, Callable[[], None]]]:
     gateway is started and ended here, and `fleet up` is refused meanwhile."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(contextlib.closing(lock_run(run)))
-            end_earlier(Child("gateway", [], run.logs / "gateway.log"))  # of an import that was killed
+            stack.enter_context(contextlib.closing(lock_run(run, "an import")))
+            end_recorded(run.logs / "gateway.pid")  # of an import that was killed
             FolderLock(run.buffer, "log").release()
         except RunFolderError:
             yield _local_endpoint(run), lambda: None

@@ -95,7 +95,7 @@ class Demo:
         return make_snapshot(self.phase, elapsed_s, self.facts, self.status, self.local.registry)
 
     def demonstrate(self, show: Callable[[], None]) -> None:
-        """One robot shows each task; the learner's cluster starts meanwhile."""
+        """One robot shows each task; Ray starts meanwhile."""
         self.phase = "demonstrations; Ray starts meanwhile"
         num_episodes = self.config.demonstrations * len(self.tables["run"].tasks)
         settings = {
@@ -111,14 +111,13 @@ class Demo:
         }
         child = sim_child(self.run, DEMONSTRATOR, changes, [], once=True)
         self.local.supervisor.add(child)
-        show()
-        self.local.start_cluster()  # on this thread: Ray's processes end with the thread that started them
+        self.local.start_learner(hold=True)
         self.wait_until(lambda: child.done, show)
 
     def train_start(self, show: Callable[[], None]) -> None:
         """Until the start policy is published as the first release."""
         self.phase = "training the start policy on the demonstrations"
-        self.local.start_learner()
+        self.local.let_learner_begin()
         store = ReleaseStore(self.run.releases)
         self.wait_until(lambda: store.newest() is not None, show)
 

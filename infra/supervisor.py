@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -17,13 +18,17 @@ from fleet.journal import Journal
 
 log = logging.getLogger("fleet.supervisor")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
-CRASH_LOOP = (5, 60.0)  # this many ends within this many seconds
+CRASH_LOOP_ENDS, CRASH_LOOP_PAUSE_S = 5, 60.0
 
 
 class CrashLoop(FleetError):
-    """A process ends again and again; starting it once more would not help."""
+    """A process ends again and again; starting it once more would not help. ``name``: of the child."""
 
     code = "crash_loop"
+
+    def __init__(self, name: str, what: str, *, rule: str = "", remedy: str = "") -> None:
+        super().__init__(what, rule=rule, remedy=remedy)
+        self.name = name
 
 
 @dataclasses.dataclass
@@ -33,6 +38,10 @@ class Child:
     Args:
         once: True for work that ends by itself: exit code 0 is its end, not a failure.
         optional: True where the rest can do without it: in a crash loop it is tried again now and then, and said so.
+        gives_up: Exit code by which it says that starting it again cannot help; 0: none.
+        window_s: So far back its ends are counted: ``CRASH_LOOP_ENDS`` of them are a crash loop. With math.inf, whoever sees
+            that it does its work forgets them (``ends.clear()``).
+        stop_s: Between SIGTERM and SIGKILL.
     """
 
     name: str
@@ -40,11 +49,16 @@ class Child:
     log: Path
     once: bool = False
     optional: bool = False
+    gives_up: int = 0
+    window_s: float = 60.0
+    stop_s: float = 15.0
     process: subprocess.Popen[bytes] | None = None
     ends: collections.deque[float] = dataclasses.field(default_factory=collections.deque)
     start_at: float = 0.0
     num_restarts: int = 0
     done: bool = False
+    exit_code: int | None = None
+    last_pid: int = 0
 
     @property
     def pid_file(self) -> Path:
@@ -68,7 +82,7 @@ class Supervisor:
 
     def add(self, child: Child) -> None:
         """Starts a child at once. One that a supervisor which died left behind is ended first."""
-        end_earlier(child)
+        end_recorded(child.pid_file, child.stop_s)
         self.children[child.name] = child
         self._start(child)
 
@@ -88,13 +102,16 @@ class Supervisor:
                 child.num_restarts += 1
                 self._start(child)
 
-    def stop(self, names: list[str] | None = None, timeout_s: float = 15.0) -> None:
-        """Asks children to end (SIGTERM), in the order of ``names``, and kills what does not within ``timeout_s``."""
+    def stop(self, names: list[str] | None = None, timeout_s: float | None = None) -> None:
+        """Asks children to end (SIGTERM), in the order of ``names``, and kills what does not within ``timeout_s``, or
+        within the longest ``stop_s`` among them."""
         for name in names or list(reversed(self.children)):
             child = self.children[name]
             child.done = True
             if child.running and child.process is not None:
                 child.process.send_signal(signal.SIGTERM)
+        if timeout_s is None:
+            timeout_s = max((self.children[name].stop_s for name in names or self.children), default=0.0)
         deadline = time.monotonic() + timeout_s
         for name in names or list(reversed(self.children)):
             process = self.children[name].process
@@ -112,23 +129,26 @@ class Supervisor:
             child.process = subprocess.Popen(
                 child.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
-        child.pid_file.write_text(f"{child.process.pid} {_start_of(child.process.pid)}")
+        child.last_pid = child.process.pid
+        record(child.pid_file, child.process.pid)
         if self._journal is not None:
             self._journal.write("process", name=child.name, pid=child.process.pid, restarts=child.num_restarts)
 
     def _ended(self, child: Child, now: float) -> None:
         assert child.process is not None
         code, child.process = child.process.returncode, None
-        if child.once and code == 0:
+        child.exit_code = code
+        if (child.once and code == 0) or (child.gives_up and code == child.gives_up):
             child.done = True
             return
         child.ends.append(now)
-        while child.ends and child.ends[0] < now - CRASH_LOOP[1]:
+        while child.ends and child.ends[0] < now - child.window_s:
             child.ends.popleft()
         pause_s = min(FIRST_PAUSE_S * 2 ** (len(child.ends) - 1), LONGEST_PAUSE_S)
-        if len(child.ends) >= CRASH_LOOP[0]:
+        if len(child.ends) >= CRASH_LOOP_ENDS:
             error = CrashLoop(
-                f"{child.name} ended {len(child.ends)} times within {CRASH_LOOP[1]:.0f} s, last with exit code {code}",
+                child.name,
+                f"{child.name} ended {len(child.ends)} times {_within(child.window_s)}, last with exit code {code}",
                 rule="a process that cannot run is not started for ever",
                 remedy=f"its last words, from {child.log}:\n{last_lines(child.log)}",
             )
@@ -136,27 +156,42 @@ class Supervisor:
                 raise error
             log.error("%s", error)
             child.ends.clear()
-            pause_s = CRASH_LOOP[1]
+            pause_s = CRASH_LOOP_PAUSE_S
         child.start_at = now + pause_s
 
 
-def end_earlier(child: Child, timeout_s: float = 10.0) -> None:
-    """Ends the process that an earlier supervisor started for this child, if it still runs."""
+def _within(window_s: float) -> str:
+    return "without having done anything" if math.isinf(window_s) else f"within {window_s:.0f} s"
+
+
+def record(pid_file: Path, pid: int) -> None:
+    """Writes down a process so that whoever comes later can tell it from others that are given its number."""
+    pid_file.write_text(f"{pid} {start_of(pid)}")
+
+
+def recorded(pid_file: Path) -> int:
+    """The process that was written down, 0 where there is none or it has ended."""
     try:
-        number, _, started = child.pid_file.read_text().partition(" ")
+        number, _, started = pid_file.read_text().partition("\n")[0].partition(" ")
         pid = int(number)
     except (OSError, ValueError):
-        return
+        return 0
+    return pid if started and start_of(pid) == started else 0
+
+
+def end_recorded(pid_file: Path, timeout_s: float = 10.0) -> None:
+    """Ends the process that was written down, for example by a supervisor that was killed, if it still runs: SIGTERM, and
+    SIGKILL after ``timeout_s``."""
     deadline, request = time.monotonic() + timeout_s, signal.SIGTERM
-    while started and _start_of(pid) == started:  # a number can be given anew to somebody else's process
+    while pid := recorded(pid_file):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, request)
         if time.monotonic() > deadline:
             request = signal.SIGKILL
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
-def _start_of(pid: int) -> str:
+def start_of(pid: int) -> str:
     """When a live process began, as the system writes it; "" if there is none."""
     shown = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
     state, _, started = shown.stdout.strip().partition(" ")

@@ -1,4 +1,4 @@
-"""The server side of a run on this machine: registry and gateway as child processes, the learner in Ray.
+"""The server side of a run on this machine: registry, gateway and the driver of the learner as child processes.
 
 The only truth is on disk: each of these may be killed at any time, is started again, and goes on from there.
 """
@@ -9,6 +9,8 @@ import dataclasses
 import fcntl
 import json
 import logging
+import math
+import os
 import signal
 import sys
 import threading
@@ -23,11 +25,16 @@ from fleet.identity import create_run_keys
 from fleet.journal import Journal
 from fleet.runfolder import RunFolder
 from fleet.server.registry import Registry, registry_url, server_command
+from infra.driver import CANNOT_GO_ON, hold_file
+from infra.driver_status import one_line, read_status
 from infra.run_config import load_tables, write_catalogue
-from infra.supervisor import Child, Supervisor, last_lines
+from infra.supervisor import Child, CrashLoop, Supervisor, last_lines, start_of
 
 log = logging.getLogger("fleet.up")
 START_TIMEOUT_S = 30.0
+DRIVER = "driver"
+STOP_MARGIN_S = 15.0  # beyond the learner's own time to stop: for Ray's end
+SILENT_S = 120.0  # a driver that says nothing for so long hangs; starting Ray may take long on a busy machine
 
 
 def open_run(source: Path, overrides: list[str], *, resume: bool, runs: Path) -> tuple[RunFolder, dict[str, Any]]:
@@ -55,6 +62,9 @@ def write_run_file(run: RunFolder, tables: dict[str, Any]) -> None:
 class LocalRun:
     """Everything of a run but its robots.
 
+    Attributes:
+        failure: Why the learner cannot go on; the rest does.
+
     Raises:
         RunFolderError: Another process serves this run.
     """
@@ -68,8 +78,9 @@ class LocalRun:
         self.journal = Journal(run.logs / "supervisor.jsonl")
         self.supervisor = Supervisor(self.journal)
         self.registry: Registry | None = None
-        self.learner: Any = None
         self.failure: FleetError | None = None
+        self._status: dict[str, Any] = {}
+        self._furthest = 0
 
     def start(self) -> None:
         """Starts registry and gateway and waits until robots can connect.
@@ -84,25 +95,23 @@ class LocalRun:
         self.registry = Registry(registry_url(self.run.registry, self.run.config), config.prefix)
         start_gateway(self.run, self.supervisor)
 
-    def start_cluster(self, address: str = "") -> None:
-        """Starts a local Ray, or joins the cluster at ``address``. Takes about eight seconds.
+    def start_learner(self, address: str = "", *, hold: bool = False) -> None:
+        """Starts the driver, and with it Ray and the learner.
 
-        Call it on a thread that lives as long as the run: the system ends Ray's processes with the thread that made them.
+        Args:
+            address: A Ray cluster to join; empty: a local one. It takes about eight seconds to start.
+            hold: Ray is started now, the learner at ``let_learner_begin``.
         """
-        from learner.cluster import start_ray
+        hold_file(self.run).touch() if hold else hold_file(self.run).unlink(missing_ok=True)
+        command = [sys.executable, "-m", "infra.driver", str(self.run.path), *(["--address", address] if address else [])]
+        stop_s = self.tables["learner"].stop_within_s + STOP_MARGIN_S
+        output = self.run.logs / f"{DRIVER}.log"
+        # What counts as a crash loop is that the learner gets nowhere between the ends, however long a start takes.
+        self.supervisor.add(Child(DRIVER, command, output, once=True, gives_up=CANNOT_GO_ON, window_s=math.inf, stop_s=stop_s))
 
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        handlers = {number: signal.getsignal(number) for number in numbers}
-        start_ray(address or None)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)  # Ray sets its own, which would end this process without a checkpoint
-
-    def start_learner(self) -> None:
-        """Starts the learner in Ray, after ``start_cluster``."""
-        from learner.cluster import LearnerHandle
-
-        num_gpus = 1 if self.tables["learner"].device == "cuda" else 0
-        self.learner = LearnerHandle(self.run, self.tables, num_gpus=num_gpus)
+    def let_learner_begin(self) -> None:
+        """Ends the hold of ``start_learner``."""
+        hold_file(self.run).unlink(missing_ok=True)
 
     def poll(self) -> dict[str, Any]:
         """Keeps everything running and returns the learner's status, {} before its start.
@@ -112,20 +121,43 @@ class LocalRun:
         Raises:
             CrashLoop: The gateway cannot be kept running.
         """
-        self.supervisor.poll()
-        if self.learner is None:
-            return {}
         try:
-            status = describe_learner(self.learner.poll())
-        except FleetError as error:
-            log.error("the learner cannot go on: %s", error)
-            self.failure = error
-            status = describe_learner(self.learner.status)
+            self.supervisor.poll()
+        except CrashLoop as error:
+            if error.name != DRIVER:
+                raise
+            self.supervisor.children[DRIVER].done = True
+            self._fail(error)
+        driver = self.supervisor.children.get(DRIVER)
+        if driver is None:
+            return {}
+        self._look_at(driver)
+        if self.registry is not None:
+            self.registry.put_learner(self._status)
+        return self._status
+
+    def _look_at(self, driver: Child) -> None:
+        """Takes what the driver says; what an earlier one said counts only as long as there is nothing newer."""
+        status = read_status(self.run)
+        own = status.get("driver") == driver.last_pid
+        if not own:
+            status |= {"state": "starting", "waiting": "", "pid": 0, "ranks": []}
+        elif driver.running and time.time_ns() - status["time_ns"] > SILENT_S * 1e9:
+            log.error("the driver says nothing any more: it is ended and started again")
+            os.kill(driver.last_pid, signal.SIGKILL)
+        if status.get("step", 0) > self._furthest:
+            self._furthest = status["step"]
+            driver.ends.clear()
+        if own and driver.exit_code == CANNOT_GO_ON and self.failure is None:
+            told = status["error"]
+            self._fail(FleetError(told["what"], rule=told["rule"], remedy=told["remedy"]))
         if self.failure is not None:
             status |= {"state": "failed", "last_error": str(self.failure)}
-        if self.registry is not None:
-            self.registry.put_learner(status)
-        return status
+        self._status = status | {"driver_restarts": driver.num_restarts}
+
+    def _fail(self, error: FleetError) -> None:
+        self.failure = error
+        log.error("the learner cannot go on, robots are served further: %s", error)
 
     @property
     def endpoint(self) -> str:
@@ -133,12 +165,14 @@ class LocalRun:
 
     def stop(self) -> None:
         """Ends the robots started here, the learner (after a checkpoint), gateway and registry, in this order."""
-        self.supervisor.stop([name for name in self.supervisor.children if name not in ("gateway", "registry")])
-        if self.learner is not None:
-            from learner.cluster import stop_ray
-
-            self.learner.stop()
-            stop_ray()
+        servers = ("gateway", "registry")
+        if robots := [name for name in self.supervisor.children if name not in (*servers, DRIVER)]:
+            self.supervisor.stop(robots)
+        if DRIVER in self.supervisor.children:
+            self.supervisor.stop([DRIVER])
+            self._look_at(self.supervisor.children[DRIVER])
+            if self.registry is not None:
+                self.registry.put_learner(self._status)
         if self.registry is not None:
             self.registry.close()
         self.supervisor.stop()
@@ -166,27 +200,6 @@ def start_gateway(run: RunFolder, supervisor: Supervisor) -> None:
         time.sleep(0.02)
 
 
-def describe_learner(status: Any) -> dict[str, Any]:
-    """What people want to know of a ``learner.cluster.LearnerStatus``, as plain data."""
-    progress = status.progress
-    state = (
-        "finished" if status.done else "starting" if not status.pid else "waiting" if progress.get("waiting") else "training"
-    )
-    return {
-        "state": state,
-        "step": progress.get("step", 0),
-        "steps": progress.get("steps", 0),
-        "phase": progress.get("phase", ""),
-        "release": progress.get("release", 0),
-        "updates_per_s": round(progress.get("updates_per_s", 0.0), 1),
-        "loss": progress.get("stats", {}).get("loss"),
-        "waiting": progress.get("waiting", ""),
-        "restarts": status.restarts,
-        "last_error": status.last_error,
-        "pid": status.pid,
-    }
-
-
 def up(source: Path, overrides: list[str], *, resume: bool, runs: Path, address: str) -> None:
     """Serves a run until SIGINT, SIGTERM or SIGHUP; robots are served also after the learner has done its steps."""
     run, tables = open_run(source, overrides, resume=resume, runs=runs)
@@ -204,14 +217,13 @@ def up(source: Path, overrides: list[str], *, resume: bool, runs: Path, address:
         print(
             f"  register a robot:  fleet enroll arm-07 --run {run.path}    simulate: fleet sim {run.path} --num 4", flush=True
         )
-        local.start_cluster(address)
-        local.start_learner()
+        local.start_learner(address)
         said = 0.0
         while not stop.is_set():
             status = local.poll()
             if time.monotonic() - said > 5:
                 said = time.monotonic()
-                print("learner " + ", ".join(f"{key} {value}" for key, value in status.items()), flush=True)
+                print(one_line(status), flush=True)
             stop.wait(0.2)
         print("stopping: checkpoint, then gateway and registry", flush=True)
     finally:
@@ -219,17 +231,27 @@ def up(source: Path, overrides: list[str], *, resume: bool, runs: Path, address:
     print(f"stopped. Go on with: fleet up {run.path} --resume", flush=True)
 
 
-def lock_run(run: RunFolder) -> IO[str]:
-    """Held while a process serves the run; to be closed.
+def lock_run(run: RunFolder, who: str = "fleet up") -> IO[str]:
+    """Held while a process serves the run; to be closed. The file says who: its pid, its start and ``who``.
 
     Raises:
         RunFolderError: Another process holds it.
     """
-    file = (run.path / "run.lock").open("w")
+    file = lock_file(run).open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
+        file.close()
         raise RunFolderError(
-            f"{run.path} is served by another process", rule="one `fleet up` a run", remedy="stop it, or start another run"
+            f"{run.path} is served by another process",
+            rule="one `fleet up` a run",
+            remedy=f"stop it (fleet down {run.path}), or start another run",
         ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()} {start_of(os.getpid())}\n{who}\n")
+    file.flush()
     return file
+
+
+def lock_file(run: RunFolder) -> Path:
+    return run.path / "run.lock"

@@ -49,9 +49,9 @@ class ToyRun:
         }
         teacher = sim_child(self.run, "teacher", changes, [], once=True)
         self.local.supervisor.add(teacher)
-        self.local.start_cluster()
+        self.local.start_learner(hold=True)
         self.until(lambda: teacher.done, 60)
-        self.local.start_learner()
+        self.local.let_learner_begin()
         self.until(lambda: ReleaseStore(self.run.releases).newest(), 90)
         self.robots = fleet_children(self.run, 2, [])
         for child in self.robots:

@@ -1,13 +1,16 @@
 import json
+import os
 
 import pytest
 
 from fleet.config import load_run
-from fleet.errors import LearnerError, RunFolderError
+from fleet.errors import RunFolderError
 from fleet.identity import create_run_keys
 from fleet.runfolder import RunFolder
+from infra.run_config import load_tables
 from infra.sim import fleet_children, lock_fleet
-from infra.up import LocalRun
+from infra.supervisor import recorded
+from infra.up import LocalRun, lock_file
 
 RUN_FILE = """
 run: {tasks: {reach: reach the target}}
@@ -47,29 +50,12 @@ def test_a_second_fleet_on_a_run_is_refused(run):
     lock_fleet(run).release()
 
 
-def test_a_second_server_on_a_run_is_refused_and_a_failing_learner_ends_nobody(run):
-    from infra.run_config import load_tables
-
-    class FailingLearner:
-        """What the loop meets when training cannot go on."""
-
-        class status:
-            pid, done, restarts, last_error, progress = 0, True, 0, "", {}
-
-        def poll(self):
-            raise LearnerError("the loss is not finite", remedy="a smaller learning rate")
-
-        def stop(self):
-            return self.status
-
+def test_a_second_server_on_a_run_is_refused(run):
     local = LocalRun(run, load_tables(run.config, []))
     try:
         with pytest.raises(RunFolderError, match="another process"):
             LocalRun(run, load_tables(run.config, []))
-        local.learner = FailingLearner()
-        status = local.poll()
-        assert status["state"] == "failed" and "smaller learning rate" in status["last_error"]
-        assert local.poll()["state"] == "failed"
+        assert recorded(lock_file(run)) == os.getpid()
     finally:
-        local.learner = None
         local.stop()
+    assert LocalRun(run, load_tables(run.config, [])).stop() is None

@@ -10,10 +10,11 @@ tensors, see ``to_arrays``; tuples come back as lists.
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 from fleet.errors import LearnerError
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+PIECE_BYTES = 4 << 20  # read and hashed at once: what the caches of a processor hold
+Sink = Callable[[bytes | memoryview], object]
 _TENSOR = "$tensor"
 _DTYPES = {
     "F64": torch.float64,
@@ -41,6 +44,10 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
+def _nowhere(data: bytes | memoryview) -> None:
+    pass
+
+
 def pack(state: Any) -> bytes:
     """A state as bytes for another process.
 
@@ -58,15 +65,12 @@ def unpack(data: bytes | bytearray | memoryview) -> Any:
     Raises:
         LearnerError: The bytes are not what ``pack`` makes.
     """
-    body = memoryview(data).cast("B")
     try:
-        at = 8 + header_length(bytes(body[:8]), len(body))
-        places, metadata = read_header(bytes(body[8:at]), len(body) - at)
-        tensors = tensors_in(bytearray(body[at:]), places)
+        tensors, metadata = read_tensors(io.BytesIO(data), len(data))
         return put_tensors(json.loads(metadata["state"]), tensors)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LearnerError(
-            f"{len(body)} bytes are no packed state: {error}"[:500], rule="as learner.tensor_file.pack"
+            f"{len(data)} bytes are no packed state: {error}"[:500], rule="as learner.tensor_file.pack"
         ) from None
 
 
@@ -126,58 +130,71 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy().data) if len(flat) else memoryview(b"")
 
 
-def header_length(first: bytes, size: int) -> int:
-    """Length of the header of a file of ``size`` bytes that begins with these 8.
+def read_tensors(file: BinaryIO, size: int, passed: Sink = _nowhere) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a file of ``size`` bytes once, from its beginning; every tensor gets memory of its own.
+
+    Args:
+        passed: Called with all bytes in their order, as they are read.
+
+    Returns:
+        Tensors by name, and the metadata.
 
     Raises:
-        ValueError: The file cannot hold it.
+        ValueError: It is not this layout; nothing larger than the file was allocated.
     """
+    first = file.read(8)
+    passed(first)
     length = int.from_bytes(first, "little")
     if len(first) != 8 or not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
         raise ValueError(f"a header of {length} bytes in a file of {size}")
-    return length
+    text = file.read(length)
+    passed(text)
+    places, metadata = _read_header(text, size - 8 - length)
+    tensors = {}
+    for name, (dtype, shape) in places.items():
+        try:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+        except RuntimeError as error:  # no memory, or a shape beyond torch's numbers
+            raise ValueError(f"tensor {name!r} of shape {shape}: {error}") from None
+        _read_into(file, bytes_of(tensors[name]), passed)
+    return tensors, metadata
 
 
-def read_header(text: bytes, num_bytes: int) -> tuple[dict[str, tuple[torch.dtype, list[int], int]], dict[str, str]]:
-    """Type, shape and first byte of each tensor among the ``num_bytes`` that follow, and the metadata.
+def _read_into(file: BinaryIO, into: memoryview, passed: Sink) -> None:
+    at = 0
+    while at < len(into):
+        piece = into[at : at + PIECE_BYTES]
+        done = file.readinto(piece)  # type: ignore[attr-defined]  # of every file that is opened for reading bytes
+        if not done:
+            raise ValueError("the file ends before its last tensor does")
+        passed(piece[:done])
+        at += done
 
-    Raises:
-        ValueError: It is not JSON of this form, or the tensors overlap or leave holes.
-    """
+
+def _read_header(text: bytes, num_bytes: int) -> tuple[dict[str, tuple[torch.dtype, list[int]]], dict[str, str]]:
+    """Type and shape of each tensor among the ``num_bytes`` that follow, in their order, and the metadata."""
     header = json.loads(text)
     if not isinstance(header, dict):
         raise ValueError("the header is no map")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ is no text by name")
-    places: dict[str, tuple[torch.dtype, list[int], int]] = {}
-    ranges = []
+    found = []
     for name, entry in header.items():
         dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
             raise ValueError(f"tensor {name!r} has shape {shape!r} at {begin!r} to {end!r}")
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"tensor {name!r} of shape {shape} has {end - begin} bytes")
-        places[name] = (dtype, shape, begin)
-        ranges.append((begin, end))
-    at = 0
-    for begin, end in sorted(ranges):
+        found.append((begin, end, name, dtype, shape))
+    at, places = 0, {}
+    for begin, end, name, dtype, shape in sorted(found, key=lambda entry: entry[:2]):
         if begin != at:
             raise ValueError(f"the tensors overlap or leave a hole at byte {at}")
-        at = end
+        places[name], at = (dtype, shape), end
     if at != num_bytes:
         raise ValueError(f"{num_bytes} bytes follow the header, which speaks of {at}")
     return places, metadata
-
-
-def tensors_in(data: bytearray, places: Mapping[str, tuple[torch.dtype, list[int], int]]) -> dict[str, Tensor]:
-    """The tensors that lie in ``data``, which they share."""
-    tensors = {}
-    for name, (dtype, shape, begin) in places.items():
-        count = math.prod(shape)
-        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin) if count else torch.empty(0, dtype=dtype)
-        tensors[name] = flat.reshape(shape)
-    return tensors
 
 
 def _take(state: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -80,13 +80,6 @@ def test_what_a_killed_save_left_is_swept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"0000000001", "0000000003"}
 
 
-def test_a_checkpoint_between_its_two_renames_is_put_back(tmp_path):
-    checkpoints = save_steps(tmp_path, 1, 2)
-    (tmp_path / "0000000002").rename(tmp_path / "0000000002.old")
-    checkpoints.save(Checkpoint(3, {}, freeze(STATE)))
-    assert checkpoints.steps() == [1, 2, 3] and checkpoints.load(2).step == 2
-
-
 @pytest.mark.parametrize("state", [{"a": object()}, {"a": {1: torch.zeros(1)}}, {"a": [torch.zeros(1), {2.0: 1}]}])
 def test_what_cannot_be_read_back_is_not_written(tmp_path, state):
     with pytest.raises(LearnerError, match="state 'a"):

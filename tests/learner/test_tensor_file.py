@@ -77,6 +77,8 @@ MALFORMED = {
     "a negative shape": made({"__metadata__": META, "x": entry([-1, -1], 0, 1)}, b"x"),
     "a shape of text": made({"__metadata__": META, "x": entry(["1"], 0, 1)}, b"x"),
     "a huge shape": made({"__metadata__": META, "x": entry([2**40, 2**40], 0, 2**80)}, b"x"),
+    "a shape beyond 64 bits": made({"__metadata__": META, "x": entry([0, 2**70], 0, 0)}),
+    "an empty shape of 2**124": made({"__metadata__": META, "x": entry([0, 2**62, 2**62], 0, 0)}),
     "shape and bytes differ": made({"__metadata__": META, "x": entry([2], 0, 1)}, b"x"),
     "a hole": made({"__metadata__": META, "x": entry([1], 1, 2)}, b"xx"),
     "an overlap": made({"__metadata__": META, "x": entry([2], 0, 2), "y": entry([1], 1, 2)}, b"xx"),

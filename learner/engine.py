@@ -278,7 +278,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Parameters) ->
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Parameters, saved: Mapping[str, Any], part: str) -> None:
-    """The reverse of ``optimizer_state``.
+    """The reverse of ``optimizer_state``; what it takes is copied.
 
     Raises:
         LearnerError: It is of other parameters.
@@ -288,7 +288,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Parameters, sav
     require_same_parameters(saved, order, part)
     index = {name: i for i, name in enumerate(order)}
     groups = [{**g, "params": [index[n] for n in g["params"]]} for g in saved["groups"]]
-    optimizer.load_state_dict({"state": {index[n]: dict(s) for n, s in saved["state"].items()}, "param_groups": groups})
+    state = {index[n]: {k: _copied(v) for k, v in entries.items()} for n, entries in saved["state"].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def require_same_parts(saved: Mapping[str, Any], parts: Iterable[str]) -> None:

@@ -30,8 +30,8 @@ class DdpEngine(TorchEngine):
         self._seen_buffers = {name: _versions(module) for name, module in self._modules.items()}
 
     def _wrap(self, module: LossModule) -> nn.Module:
-        # Whether all parameters are used is up to the loss and the data: torch has to look each time, and need not say so.
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        # Only broadcast_buffers is understood by old and new torch. Unused parameters: the loss and the data decide.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         return DistributedDataParallel(
             module, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
         )

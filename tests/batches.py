@@ -1,5 +1,7 @@
 """Batches of which a test says only what matters to it."""
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -27,3 +29,14 @@ def make_batch(obs, actions_BHA, *, mask_BH=None, **fields):
     }
     unknown = ("version_B", "step_B", "episode_B", "frame_B", "steps_to_go_B", "outcome_B")
     return Batch(obs=obs, actions_BHA=actions_BHA, **{**given, **dict.fromkeys(unknown, missing), **fields})
+
+
+def take_rows(batch, rows):
+    """Some rows of a batch, a range or a list: what one of several ranks makes."""
+    index = torch.as_tensor(list(rows))
+
+    def cut(value):
+        return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value[index]
+
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return dataclasses.replace(batch, **{n: cut(v) for n, v in fields.items() if isinstance(v, (dict, torch.Tensor))})

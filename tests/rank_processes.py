@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, shards: S
             assert pipe.poll(TIMEOUT_S), f"rank {rank} of {size} did not end within {TIMEOUT_S} s"
             error, value = pipe.recv()
             assert not error, f"rank {rank} of {size}:\n{error}"
-            answers.append(value)
+            answers.append(pickle.loads(value))
     finally:
         for process in processes:
             process.join(5)
@@ -59,7 +60,7 @@ def _run(pipe: Any, place: RankPlace, function: Callable[..., Any], arguments: S
         torch.set_num_threads(1)
         ranks = Ranks(place)
         value = function(ranks, *arguments)
-        pipe.send(("", value))
+        pipe.send(("", pickle.dumps(value)))  # tensors by value: a shared one would end with this process
         ranks.close()
     except BaseException:
-        pipe.send((traceback.format_exc(), None))
+        pipe.send((traceback.format_exc(), b""))

@@ -25,8 +25,9 @@ from benchmarks.results import Row, save
 from fleet.runfolder import RunFolder
 from fleet.server.releases import ReleaseStore
 from infra.demo import DEMONSTRATOR, Demo, prepare_demo
-from infra.evaluation import evaluate_release, success_rate
+from infra.evaluation import evaluate_release
 from infra.report import latency_table
+from infra.results import success_rate
 from infra.sim import sim_child
 
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # Student's t by number of seeds

@@ -13,6 +13,9 @@ learner: ``sampleable`` (robot, boot, seq, latency_ms: one number a step, execut
     ``rate`` (state, why, inserts, samples, cursor: what the rate limiter holds or no longer holds),
     ``undecodable`` (why: a window that is left out of batches), ``skipped`` (what: damaged | skipped_fragments | skipped_steps,
     why: what the learner does not train on, once each, and for steps once a task)
+evaluator: ``evaluated`` (version, tasks: success rate with the ends of its 95 % interval by task, seconds, skipped: releases
+    that were due and old meanwhile), ``evaluation_skipped`` (version, error: gone or damaged), ``evaluator_failed`` (code,
+    what, rule, remedy)
 """
 
 from __future__ import annotations

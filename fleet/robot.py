@@ -57,7 +57,10 @@ class Feedback:
 
 
 class Robot(Protocol):
-    """One robot or simulator. Called from the control process only."""
+    """One robot or simulator. Called from the control process only.
+
+    A simulator's class says ``simulated = True``: releases are tested on such robots only.
+    """
 
     spec: RobotSpec
 

@@ -1,6 +1,8 @@
 """Which reset seeds are for what: training and evaluation can never meet the same start.
 
-Training and demonstrations draw from ``TRAINING`` = [0, 2^30), evaluation from ``HELD_OUT`` = [2^30, 2^31).
+Training and demonstrations draw from ``TRAINING`` = [0, 2^30), evaluation from ``HELD_OUT`` = [2^30, 2^31). Of these the
+first 1,000 are for choosing settings, the next 1,000 for watching a run (``CONTINUAL``), and those after for claims
+(``CLAIMS``): who picks a release by its watched curve still reports a number that did not pick it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from fleet.errors import ConfigError
 
 TRAINING = range(0, 2**30)
 HELD_OUT = range(2**30, 2**31)
+CONTINUAL, CLAIMS = 1000, 2000  # numbers of their first starts within HELD_OUT
 
 
 def training_seed(run_seed: int, stream: str, episode: int) -> int:

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -26,9 +29,13 @@ from algorithms.policies.registry import build
 from fleet.errors import ConfigError, RobotError
 from fleet.robot import Robot
 from fleet.seeds import HELD_OUT
+from fleet.spec import IMAGE_PREFIX
 from infra.intervals import wilson
 
 _SEEDS_A_JOB = 5
+MAX_STEPS = 2000  # a robot that never ends its episode is ended by us
+Watch = Callable[[int], None]
+"""Is told how many episodes are done; what it raises ends the evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +80,8 @@ def evaluate(
     *,
     execute: int,
     num_workers: int = 2,
+    max_steps: int = MAX_STEPS,
+    watch: Watch | None = None,
 ) -> Table:
     """Runs ``policy`` once from each seed of each task.
 
@@ -83,6 +92,8 @@ def evaluate(
         seeds: Reset seeds; ``fleet.seeds.held_out_seeds`` gives some.
         execute: Actions of each chunk that are executed, 1 to H.
         num_workers: Processes; 0 runs in this one.
+        max_steps: Actions after which an episode that the robot has not ended is ended, and has failed.
+        watch: Called after every few episodes.
 
     Raises:
         ConfigError: A seed is not held out, ``execute`` is out of range, or there is nothing to do.
@@ -98,13 +109,17 @@ def evaluate(
     if trained_on:
         raise ConfigError(f"seed {trained_on[0]} may have been trained on", rule=f"held-out seeds lie in {HELD_OUT}")
     state = {name: tensor.detach().cpu().numpy() for name, tensor in policy.state_dict().items()}
-    setup = (policy.family, policy.config, state, robot_adapter, dict(robot_settings), execute)
+    setup = (policy.family, policy.config, state, robot_adapter, dict(robot_settings), execute, max_steps)
     jobs = [
         (task, np.asarray(embedding, np.float32), list(seeds[i : i + _SEEDS_A_JOB]))
         for task, embedding in tasks.items()
         for i in range(0, len(seeds), _SEEDS_A_JOB)
     ]
-    episodes = _run_here(setup, jobs) if num_workers == 0 else _run_in_workers(setup, jobs, num_workers)
+    episodes: list[EpisodeResult] = []
+    for done in _run_here(setup, jobs) if num_workers == 0 else _run_in_workers(setup, jobs, num_workers):
+        episodes += done
+        if watch is not None:
+            watch(len(episodes))
     rows = tuple(_row(task, [e for e in episodes if e.task == task]) for task in tasks)
     return Table(rows, _row("all", episodes), tuple(episodes))
 
@@ -119,13 +134,20 @@ class _Worker:
     """One policy and one robot, used for many episodes."""
 
     def __init__(
-        self, family: str, config: Any, state: Mapping[str, np.ndarray], adapter: str, settings: Mapping[str, Any], execute: int
+        self,
+        family: str,
+        config: Any,
+        state: Mapping[str, np.ndarray],
+        adapter: str,
+        settings: Mapping[str, Any],
+        execute: int,
+        max_steps: int,
     ) -> None:
         self._policy = build(family, config).eval()
         self._policy.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state.items()})
         self.robot: Robot = make_robot(adapter, **settings)
         self._policy.spec.check_robot(self.robot.spec)
-        self._execute = execute
+        self._execute, self._max_steps = execute, max_steps
 
     def run(self, job: tuple[str, np.ndarray, list[int]]) -> list[EpisodeResult]:
         task, embedding, seeds = job
@@ -144,7 +166,7 @@ class _Worker:
                 num_steps += 1
                 if feedback.success is None:
                     raise RobotError(f"the robot cannot judge task {task!r}", rule="evaluation needs success from the robot")
-                if feedback.success or feedback.terminated or feedback.truncated:
+                if feedback.success or feedback.terminated or feedback.truncated or num_steps >= self._max_steps:
                     return EpisodeResult(task, seed, feedback.success, num_steps)
             obs = self.robot.observe()
 
@@ -154,8 +176,17 @@ _process: dict[str, Any] = {}  # of a worker process: its "setup", and its "work
 
 def _start_process(setup: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # a batch of one is faster on one core, and the workers share the cores
     _process["setup"] = setup
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot tell its workers, and they would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _run_job(job: tuple[str, np.ndarray, list[int]]) -> list[EpisodeResult]:
@@ -165,21 +196,47 @@ def _run_job(job: tuple[str, np.ndarray, list[int]]) -> list[EpisodeResult]:
     return episodes
 
 
-def _run_here(setup: tuple[Any, ...], jobs: Sequence[Any]) -> list[EpisodeResult]:
+def _run_here(setup: tuple[Any, ...], jobs: Sequence[Any]) -> Iterator[list[EpisodeResult]]:
     worker = _Worker(*setup)
     try:
-        return [episode for job in jobs for episode in worker.run(job)]
+        for task, embedding, seeds in jobs:
+            for seed in seeds:
+                yield worker.run((task, embedding, [seed]))
     finally:
         worker.robot.close()
 
 
-def _run_in_workers(setup: tuple[Any, ...], jobs: Sequence[Any], num_workers: int) -> list[EpisodeResult]:
+def _run_in_workers(setup: tuple[Any, ...], jobs: Sequence[Any], num_workers: int) -> Iterator[list[EpisodeResult]]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(num_workers, len(jobs)), context, _start_process, (setup,)) as pool:
         try:
-            return [episode for episodes in pool.map(_run_job, jobs) for episode in episodes]
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            yield from pool.map(_run_job, jobs)
         except BrokenProcessPool as broken:
             raise RobotError("a process that ran evaluation episodes died", remedy="look at its last output above") from broken
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after an error, or Ctrl-C, nobody wants the rest
+
+
+def check_starts(adapter: str, settings: Mapping[str, Any], task: str) -> None:
+    """Makes sure that a robot's starts can be told by a seed: without that, no start is held out.
+
+    Raises:
+        RobotError: It starts differently from one seed, or cannot be built or reset.
+    """
+    robot = make_robot(adapter, **settings)
+    try:
+        first, _, again = (_start(robot, task, seed) for seed in (HELD_OUT[0], HELD_OUT[1], HELD_OUT[0]))
+    finally:
+        robot.close()
+    different = [name for name in first if not np.array_equal(first[name], again[name])]
+    if different:
+        raise RobotError(
+            f"robot adapter {adapter!r} starts task {task!r} differently from one seed: {different}",
+            rule="evaluation needs starts that a seed decides, or training may have seen them",
+            remedy="set evaluator.adapter to a simulator that can do that, or evaluator.every=0",
+        )
+
+
+def _start(robot: Robot, task: str, seed: int) -> dict[str, np.ndarray]:
+    obs = robot.reset(task, seed)
+    return {name: np.array(value) for name, value in obs.items() if not name.startswith(IMAGE_PREFIX)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,16 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from actors.config import TABLES
+from actors.robots import ROBOTS
 from fleet.config import load_run
-from fleet.errors import ReleaseError
+from fleet.errors import ConfigError, ReleaseError, RobotError
+from fleet.lookup import resolve
 from fleet.runfolder import RunFolder
-from fleet.seeds import held_out_seeds
+from fleet.seeds import CLAIMS, held_out_seeds
 from fleet.server.releases import ReleaseStore
-from infra.evaluate import Table, evaluate
-from infra.intervals import wilson
-
-FIRST_START = 2000  # the demo's settings were chosen on earlier held-out starts; claims are made on these
-
-
-def results_file(run: RunFolder) -> Path:
-    return run.report / "evaluations.json"
+from infra.evaluate import Table, Watch, check_starts, evaluate
+from infra.evaluator import EvaluatorConfig
+from infra.results import add_results
 
 
 def evaluate_release(run_path: Path, version: int = 0, episodes: int = 50, workers: int = 2, label: str = "") -> Table:
@@ -35,68 +32,87 @@ def evaluate_release(run_path: Path, version: int = 0, episodes: int = 50, worke
 
     Raises:
         ReleaseError: There is no such release.
+        ConfigError: The run's robot is no simulator, and the run file names none.
     """
-    from safetensors.torch import load
-
-    from algorithms.policies.registry import build
-
     run = RunFolder.open(run_path)
-    store = ReleaseStore(run.releases)
-    newest = store.newest()
+    newest = ReleaseStore(run.releases).newest()
     if newest is None:
         raise ReleaseError(
             f"{run.path} has no release", rule="the learner publishes one after its start phase", remedy="wait for it"
         )
     version = version or newest
+    label = label or ("final" if version == newest else "release")
+    return evaluate_version(run, version, label, held_out_seeds(episodes, first=CLAIMS), workers=workers)
+
+
+def evaluate_version(
+    run: RunFolder, version: int, label: str, seeds: list[int], *, workers: int, watch: Watch | None = None
+) -> Table:
+    """Runs release ``version`` from each of ``seeds`` in each task of the run, and keeps the result under ``label``.
+
+    Args:
+        workers: Processes; 0 runs in this one.
+        watch: See ``evaluate``.
+
+    Raises:
+        ReleaseError: There is no such release, or it is damaged.
+        FleetError: As ``evaluate``.
+    """
+    from safetensors.torch import load
+
+    from algorithms.policies.registry import build
+
+    store = ReleaseStore(run.releases)
     manifest = store.manifest(version)
     policy = build(manifest.policy["family"], manifest.policy["config"])
     policy.load_state_dict(load(store.load(version)))
-    tables = load_run(run.config, TABLES)
+    tables = load_run(run.config, {**TABLES, "evaluator": EvaluatorConfig})
     tasks = {task: entry["embedding"] for task, entry in json.loads((run.path / "tasks.json").read_text()).items()}
+    adapter, settings = simulator(tables)
     table = evaluate(
         policy,
-        tables["robot"].adapter,
-        tables["robot"].settings,
+        adapter,
+        settings,
         tasks,
-        held_out_seeds(episodes, first=FIRST_START),
+        seeds,
         execute=tables["actor"].execute,
         num_workers=workers,
+        max_steps=tables["evaluator"].max_steps,
+        watch=watch,
     )
-    _keep(run, table, version, manifest.created_ns, label or ("final" if version == newest else "release"))
+    counts = {row.task: (row.num_episodes, row.num_successes) for row in table.rows}
+    add_results(run, version, manifest.created_ns, label, counts)
     return table
 
 
-def _keep(run: RunFolder, table: Table, version: int, created_ns: int, label: str) -> None:
-    path = results_file(run)
-    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    rows = [row for row in rows if (row["version"], row["label"]) != (version, label)]
-    if label == "final":
-        for kept in rows:
-            kept["label"] = "release" if kept["label"] == "final" else kept["label"]
-    for row in table.rows:
-        rows.append(
-            {
-                "version": version,
-                "label": label,
-                "at_ns": created_ns,
-                "measured_ns": time.time_ns(),
-                "task": row.task,
-                "episodes": row.num_episodes,
-                "successes": row.num_successes,
-            }
+def simulator(tables: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Adapter and settings of the simulator that a run's releases are tested in. Nothing is started.
+
+    Raises:
+        ConfigError: The run's robot does not say that it is simulated, and the run file names no simulator.
+    """
+    if tables["evaluator"].adapter:
+        return tables["evaluator"].adapter, tables["evaluator"].settings
+    adapter = tables["robot"].adapter
+    if not getattr(resolve(ROBOTS, adapter, kind="robot adapter", error=RobotError), "simulated", False):
+        raise ConfigError(
+            f"robot.adapter = {adapter!r} does not say that it is simulated",
+            rule="releases are tested in a simulator, never on a robot that could move",
+            remedy="name one with evaluator.adapter and evaluator.settings; a class of your own says simulated = True",
         )
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1))
+    return adapter, tables["robot"].settings
 
 
-def success_rate(run: RunFolder, label: str) -> tuple[float, float, float] | None:
-    """Mean success over tasks of the results with this label, with its Wilson 95 % interval; None if there are none."""
-    path = results_file(run)
-    rows = [r for r in json.loads(path.read_text()) if r["label"] == label] if path.exists() else []
-    if not rows:
-        return None
-    successes, episodes = sum(r["successes"] for r in rows), sum(r["episodes"] for r in rows)
-    return successes / episodes, *wilson(successes, episodes)
+def check_simulator(run: RunFolder) -> None:
+    """Builds the simulator once and sees whether its starts follow their seed.
+
+    Raises:
+        ConfigError: See ``simulator``.
+        RobotError: See ``infra.evaluate.check_starts``.
+    """
+    tables = load_run(run.config, {**TABLES, "evaluator": EvaluatorConfig})
+    tasks = json.loads((run.path / "tasks.json").read_text())
+    check_starts(*simulator(tables), next(iter(tasks)))
 
 
 def print_table(table: Table) -> None:

@@ -13,6 +13,7 @@ from fleet.config import load_run
 from fleet.errors import ConfigError
 from fleet.runfolder import RunFolder
 from fleet.server.registry import RegistryConfig
+from infra.evaluator import EvaluatorConfig
 
 
 @dataclasses.dataclass
@@ -32,6 +33,7 @@ PROCESS_TABLES: dict[str, type] = {
     "gateway": GatewayConfig,
     "buffer": BufferConfig,
     "registry": RegistryConfig,
+    "evaluator": EvaluatorConfig,
     **ACTOR_TABLES,
 }
 

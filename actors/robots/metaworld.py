@@ -36,6 +36,8 @@ class MetaWorldRobot:
         codec: How images are stored: "jpeg" or "raw".
     """
 
+    simulated = True
+
     def __init__(
         self, *, control_hz: float = 20.0, max_steps: int = 200, images: int = 0, camera: str = "corner2", codec: str = "jpeg"
     ) -> None:

@@ -32,6 +32,8 @@ class ToyRobot:
         codec: How images are stored: "raw" or "jpeg".
     """
 
+    simulated = True
+
     def __init__(self, *, control_hz: float = 20.0, max_steps: int = 60, images: int = 0, codec: str = "raw") -> None:
         if max_steps < 1 or not 0 <= images <= 512:
             raise RobotError(f"max_steps is {max_steps}, images is {images}", rule="max_steps at least 1, images 0 to 512")

@@ -78,3 +78,23 @@ def test_refusals_reach_the_caller(num_workers):
         evaluate(_untrained(), "toyy", {}, TASKS, seeds, execute=1, num_workers=num_workers)
     with pytest.raises(ConfigError, match="execute 5"):
         evaluate(_untrained(), "toy", {}, {"reach": np.zeros(32)}, seeds, execute=5, num_workers=num_workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_episode_that_the_robot_never_ends_is_ended(num_workers):
+    robot, settings = "tests.infra.odd_robots:Endless", {"max_steps": 5}
+    table = evaluate(_policy(), robot, settings, TASKS, held_out_seeds(2), execute=3, num_workers=num_workers, max_steps=31)
+    assert [(e.num_steps, e.success) for e in table.episodes] == [(31, False)] * 4
+
+
+def test_whoever_watches_can_end_it():
+    done = []
+
+    def watch(num):
+        done.append(num)
+        if num == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(_untrained(), "toy", {}, TASKS, held_out_seeds(12), execute=1, num_workers=0, watch=watch)
+    assert done == [1, 2, 3]

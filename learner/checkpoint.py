@@ -146,7 +146,7 @@ class Checkpoints:
         """
         folder = self._path(step)
         try:
-            sums = dict(_sum_of(line) for line in _read(folder / _SUMS).decode().splitlines())
+            sums = _sums_in(_read(folder / _SUMS).decode())
             if set(sums) != {_TENSORS, _META}:
                 raise ValueError(f"{_SUMS} names {', '.join(sorted(sums)) or 'nothing'}"[:200])
             meta = _parse_meta(_read(folder / _META), sums[_META])
@@ -184,11 +184,12 @@ class Checkpoints:
         """Deletes what need not stay: first by name and durably, so that no half checkpoint carries a whole one's name."""
         steps = self.steps()
         stay = {*steps[-self._keep :], *self._one_in_so_many_hours(steps[: -self._keep])}
-        for step in steps:
-            if step not in stay:
-                self._files.replace(self._path(step), self._path(step).with_suffix(".gone"))
-                self._times_ns.pop(step, None)
-        self._files.fsync_dir(self._folder)
+        gone = [step for step in steps if step not in stay]
+        for step in gone:
+            self._files.replace(self._path(step), self._path(step).with_suffix(".gone"))
+            self._times_ns.pop(step, None)
+        if gone:
+            self._files.fsync_dir(self._folder)
         self._sweep()
 
     def _one_in_so_many_hours(self, steps: list[int]) -> list[int]:
@@ -233,11 +234,13 @@ def _read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _sum_of(line: str) -> tuple[str, str]:
-    found = _SUM.fullmatch(line)
-    if found is None:
-        raise ValueError(f"{_SUMS} has the line {line[:100]!r}")
-    return found[2], found[1]
+def _sums_in(text: str) -> dict[str, str]:
+    """Digests by file name."""
+    *lines, rest = text.split("\n")
+    found = [_SUM.fullmatch(line) for line in lines]
+    if rest or not all(found):
+        raise ValueError(f"{_SUMS} is {text[:200]!r}")
+    return {match[2]: match[1] for match in found if match}
 
 
 def _parse_meta(data: bytes, digest: str | None = None) -> dict[str, Any]:

@@ -58,11 +58,18 @@ class Sync:
 
 
 @dataclasses.dataclass(frozen=True)
+class Moved:
+    """What becomes of a folder that is renamed: what lies in it goes along."""
+
+    target: Path
+
+
+@dataclasses.dataclass(frozen=True)
 class Names:
-    """Changes within one folder that happen together: path to file number, FOLDER, or None for removed."""
+    """Changes within one folder that happen together: path to file number, FOLDER, Moved, or None for removed."""
 
     folder: Path
-    changes: tuple[tuple[Path, int | None], ...]
+    changes: tuple[tuple[Path, int | Moved | None], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +156,10 @@ class RecordedDisk(Files):
         self._may_live()
         super().replace(source, target)
         number = self._names[source]
+        if number == FOLDER:
+            assert source.parent == target.parent, "a folder is renamed within its own"
+            self._change(target.parent, (source, Moved(target)))
+            return
         if source.parent == target.parent:
             self._change(target.parent, (source, None), (target, number))
         else:
@@ -184,7 +195,7 @@ class RecordedDisk(Files):
         self._next += 1
         return self._next - 1
 
-    def _change(self, folder: Path, *changes: tuple[Path, int | None]) -> None:
+    def _change(self, folder: Path, *changes: tuple[Path, int | Moved | None]) -> None:
         _apply(self._names, changes)
         self.ops.append(Names(folder, changes))
 
@@ -238,10 +249,13 @@ class RecordedDisk(Files):
                     place.write_bytes(files.get(number, b""))
 
 
-def _apply(names: dict[Path, int], changes: Sequence[tuple[Path, int | None]]) -> None:
+def _apply(names: dict[Path, int], changes: Sequence[tuple[Path, int | Moved | None]]) -> None:
     for path, number in changes:
         if number is None:
             names.pop(path, None)
+        elif isinstance(number, Moved):
+            for old in [name for name in names if name == path or path in name.parents]:
+                names[number.target / old.relative_to(path)] = names.pop(old)
         else:
             names[path] = number
 

@@ -1,5 +1,9 @@
+import hashlib
 import json
+import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -69,6 +73,120 @@ def test_when_all_are_damaged_nothing_is_begun_anew_silently(tmp_path):
     with pytest.raises(LearnerError, match="all 2 checkpoints"):
         checkpoints.newest()
     assert Checkpoints(tmp_path / "none").newest() is None
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "meta.json", "SHA256SUMS"])
+def test_a_checkpoint_cut_at_any_byte_is_passed_over(tmp_path, file, scale):
+    checkpoints = save_steps(tmp_path, 1, 2)
+    victim = tmp_path / "0000000002" / file
+    data, rng = victim.read_bytes(), random.Random(file)
+    for cut in {0, 1, 8, len(data) - 1, *(rng.randrange(len(data)) for _ in range(15 * scale))}:
+        victim.write_bytes(data[:cut])
+        assert checkpoints.newest().step == 1 and len(checkpoints.refused) == 1, cut
+    for _ in range(15 * scale):
+        victim.write_bytes(rng.randbytes(rng.randrange(2 * len(data))))
+        assert checkpoints.newest().step == 1
+
+
+def stamped(folder, meta=None, tensors=None, sums=None):
+    """Other contents for the checkpoint of step 2, with checksums that fit."""
+    path = folder / "0000000002"
+    for name, data in (("meta.json", meta), ("tensors.safetensors", tensors)):
+        if data is not None:
+            (path / name).write_bytes(data)
+    fitting = [
+        f"{hashlib.sha256((path / name).read_bytes()).hexdigest()}  {name}" for name in ("tensors.safetensors", "meta.json")
+    ]
+    (path / "SHA256SUMS").write_text("\n".join(sums(fitting) if sums else fitting) + "\n")
+
+
+HUGE = (10**18).to_bytes(8, "little")
+OF_OTHERS = {
+    "a header of 10**18 bytes": ({"tensors": HUGE + b"{}"}, "a header of"),
+    "a header that is no JSON": ({"tensors": (4).to_bytes(8, "little") + b"\x80\x04N."}, "damaged"),
+    "deep JSON": ({"meta": b"[" * 200_000}, "damaged"),
+    "a list": ({"meta": b"[]"}, "format"),
+    "another format": ({"meta": b'{"format": 99}'}, "format"),
+    "no state": ({"meta": b'{"format": 1, "step": 2, "time_ns": 0, "meta": {}}'}, "'state'"),
+    "a tensor elsewhere": (
+        {"meta": b'{"format": 1, "step": 2, "time_ns": 0, "meta": {}, "state": {"$tensor": "../../x"}}'},
+        "'../../x' is missing",
+    ),
+    "sums of another folder": ({"sums": lambda lines: [*lines, f"{'0' * 64}  ../../../etc/passwd"]}, "names"),
+    "sums without the tensors": ({"sums": lambda lines: lines[1:]}, "names meta.json"),
+    "sums that are none": ({"sums": lambda lines: ["x" * 64]}, "SHA256SUMS is"),
+}
+
+
+@pytest.mark.parametrize("what", OF_OTHERS)
+def test_what_others_put_there_is_refused_with_the_reason(tmp_path, what):
+    checkpoints = save_steps(tmp_path / "checkpoints", 1, 2)
+    contents, reason = OF_OTHERS[what]
+    stamped(tmp_path / "checkpoints", **contents)
+    before = sorted(tmp_path.rglob("*"))
+    assert checkpoints.newest().step == 1
+    assert reason in checkpoints.refused[0] and "0000000002" in checkpoints.refused[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def taken_at(folder, hours, keep=2, keep_every_h=1.0):
+    """Steps that stay when checkpoint number i is taken at hour ``hours[i]``."""
+    checkpoints = Checkpoints(folder, keep=keep, keep_every_h=keep_every_h)
+    for step, hour in enumerate(hours):
+        checkpoints.save(Checkpoint(step, {}, freeze(STATE), time_ns=int((1000 + hour) * 3.6e12)))
+    return checkpoints.steps()
+
+
+def test_of_older_checkpoints_one_in_so_many_hours_stays(tmp_path):
+    assert taken_at(tmp_path, [n / 4 for n in range(20)]) == [0, 4, 8, 12, 16, 18, 19]
+    assert Checkpoints(tmp_path, keep=2).newest().step == 19
+    again = Checkpoints(tmp_path, keep=2, keep_every_h=1.0)  # of another process, which reads the times
+    again.save(Checkpoint(20, {}, freeze(STATE), time_ns=int(1005 * 3.6e12)))
+    assert again.steps() == [0, 4, 8, 12, 16, 19, 20]
+
+
+@pytest.mark.parametrize("jump_h", [-2000.0, -2.0, 2.0, 50_000.0])
+def test_a_clock_that_jumps_deletes_no_more_than_a_clock_that_does_not(tmp_path, jump_h):
+    hours = [n / 4 for n in range(20)]
+    plain = taken_at(tmp_path / "plain", hours)
+    jumped = taken_at(tmp_path / "jumped", [hour + jump_h * (n >= 10) for n, hour in enumerate(hours)])
+    assert len(jumped) >= len(plain) and jumped[-2:] == [18, 19] and jumped[:3] == [0, 4, 8]
+
+
+def test_a_damaged_old_checkpoint_does_not_stop_the_next(tmp_path):
+    taken_at(tmp_path, [0, 1, 2, 3, 4])
+    (tmp_path / "0000000001" / "meta.json").write_text("{")
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_every_h=1.0)
+    checkpoints.save(Checkpoint(5, {}, freeze(STATE), time_ns=int(1005 * 3.6e12)))
+    assert checkpoints.steps() == [0, 2, 3, 4, 5]
+
+
+MEMORY = """
+import sys, torch
+from pathlib import Path
+from learner.checkpoint import Checkpoint, Checkpoints
+def memory_mb(name):
+    fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(fields[name].split()[0]) / 1024
+checkpoints, state = Checkpoints(Path(sys.argv[1])), {str(i): torch.ones(2 << 20) for i in range(16)}
+if sys.argv[2] == "load":
+    state = None
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+before = memory_mb("VmRSS")
+if state:
+    checkpoints.save(Checkpoint(1, {}, state))
+else:
+    state = checkpoints.load(1).state
+print(memory_mb("VmHWM") - before)
+"""
+
+
+def test_a_checkpoint_is_never_twice_in_memory(tmp_path):
+    grown = [
+        float(subprocess.run([sys.executable, "-c", MEMORY, tmp_path, what], capture_output=True, text=True, check=True).stdout)
+        for what in ("save", "load")
+    ]
+    assert grown[0] < 40 and 100 < grown[1] < 128 + 40, f"{grown} MB for a checkpoint of 128 MB"
 
 
 def test_what_a_killed_save_left_is_swept(tmp_path):

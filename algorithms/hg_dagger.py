@@ -28,7 +28,7 @@ from algorithms.base import Batch, LossOutput, Part, noise_of
 from algorithms.ema import Ema
 from algorithms.policies.base import Chunk
 from algorithms.windows import fill_with_last_action
-from fleet.batch import Adaptive, BatchNeeds
+from fleet.batch import Adaptive, BatchNeeds, Filter
 from fleet.errors import ConfigError
 from fleet.robot import Source
 
@@ -53,6 +53,8 @@ class HgDaggerConfig:
     """SOP's coefficient of the loss on operator steps; above 1 it favours them."""
     ema_decay: float = 0.995
     """Of the average that acts; 0 publishes the newest weights."""
+    max_staleness: int = 0
+    """Releases by which the policy behind an operator's step may be older than the newest one; 0: no bound."""
     fill_ends: bool = True
     """Whether windows that an episode's end or a takeover's border cuts are filled with their last valid action."""
     seed: int = 0
@@ -72,6 +74,8 @@ class HgDagger:
                 f"batch_size {config.batch_size}",
                 rule="0 < operator_share < 1, 0 <= ema_decay < 1, batch_size >= 1",
             )
+        if config.max_staleness < 0:
+            raise ConfigError(f"hg_dagger has max_staleness {config.max_staleness}", rule="max_staleness >= 0")
         if config.mixture not in ("fixed", "adaptive"):
             raise ConfigError(f"hg_dagger has mixture {config.mixture!r}", rule="mixture is fixed or adaptive")
         self.config, self._policy, self._step = config, policy, 0
@@ -86,7 +90,8 @@ class HgDagger:
         sides = Adaptive(online=(Source.OPERATOR,), offline=(Source.DEMO,), alpha=config.adaptive_alpha)
         adaptive = sides if config.mixture == "adaptive" else None
         reads = tuple(policy.spec.reads)
-        self.needs = BatchNeeds(config.batch_size, policy.spec.horizon, reads, shares, adaptive=adaptive)
+        fresh = Filter(max_version_age=config.max_staleness or None)
+        self.needs = BatchNeeds(config.batch_size, policy.spec.horizon, reads, shares, adaptive=adaptive, filter=fresh)
 
     def prepare(self, batch: Batch) -> Batch:
         return fill_with_last_action(batch) if self.config.fill_ends else batch
@@ -97,10 +102,10 @@ class HgDagger:
         mask_BH = micro.mask_BH.float()
         loss_B = self._policy.imitation_loss(micro.obs, Chunk(micro.actions_BHA), mask_BH, noise)
         num_valid_B = mask_BH.sum(-1)
-        stats = {}
+        stats: dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]] = {}
         for source in (Source.DEMO, Source.OPERATOR):
             weight_B = num_valid_B * (micro.source_B == source)
-            stats[f"loss_{source.name.lower()}"] = ((loss_B * weight_B).sum() / weight_B.sum().clamp(min=1)).detach()
+            stats[f"loss_{source.name.lower()}"] = ((loss_B * weight_B).sum(), weight_B.sum())
         return LossOutput((loss_B * num_valid_B).sum(), num_valid_B.sum(), loss_B.detach(), stats)
 
     def after_step(self, step: int, stats: Mapping[str, float]) -> None:

@@ -1,7 +1,9 @@
-"""From the sampler's arrays to the device: one copy out of the log, into memory that tensors share."""
+"""From the sampler's arrays to the device: one copy out of the log, into memory that tensors share. And, for a rank that has
+nothing to draw, the rows of another one."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,7 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from algorithms.base import Batch
+from algorithms.policies.base import INSTRUCTION
 from buffer.gather import Allocate
+from fleet.batch import Windows
+from learner.checkpoint import pack, to_arrays, unpack
+from learner.ranks import Ranks
 
 
 def allocator(device: torch.device) -> Allocate:
@@ -43,3 +50,62 @@ class Upload:
         """Returns when the arrays of all batches so far were read and may be overwritten."""
         if self._done is not None:
             self._done.synchronize()
+
+
+class Feed:
+    """Batches for an algorithm, made of windows.
+
+    Args:
+        instructions_KE: Instruction embedding by index of the task.
+    """
+
+    def __init__(self, instructions_KE: Tensor, device: torch.device) -> None:
+        self._instructions_KE, self._upload = instructions_KE.to(device), Upload(device)
+
+    def wait(self) -> None:
+        """Returns when the arrays of all windows so far may be overwritten."""
+        self._upload.wait()
+
+    def batch(self, windows: Windows) -> Batch:
+        """Every field of the windows on the device, and the instruction of each one's task."""
+        batch = Batch(**{field.name: self._uploaded(getattr(windows, field.name)) for field in dataclasses.fields(Batch)})
+        instruction_BE = self._instructions_KE[batch.task_B]
+        for obs in (batch.obs, *batch.obs_at.values()):
+            obs[INSTRUCTION] = instruction_BE
+        self._upload.end()
+        return batch
+
+    def lend(self, ranks: Ranks, windows: Windows | None, lender: int) -> Windows:
+        """A copy of the windows of rank ``lender``, on all ranks."""
+        mine = windows if ranks.rank == lender else None
+        return _unpacked(ranks.broadcast_bytes(b"" if mine is None else _packed(mine), lender))
+
+    def _uploaded(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self._uploaded(inner) for key, inner in value.items()}
+        return self._upload(value) if isinstance(value, np.ndarray) else value
+
+
+def no_rows(windows: Windows) -> Windows:
+    """Windows of the same kind, none of them."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(inner) for key, inner in value.items()}
+        return value[:0] if isinstance(value, np.ndarray) else value
+
+    return Windows(**{field.name: cut(getattr(windows, field.name)) for field in dataclasses.fields(Windows)})
+
+
+def _packed(windows: Windows) -> bytes:
+    fields = {field.name: getattr(windows, field.name) for field in dataclasses.fields(Windows)}
+    for name in ("obs_at", "inside_at"):  # by offset
+        fields[name] = {str(offset): value for offset, value in fields[name].items()}
+    return pack(fields)
+
+
+def _unpacked(data: bytes) -> Windows:
+    fields = to_arrays(unpack(data))
+    for name in ("obs_at", "inside_at"):
+        fields[name] = {int(offset): value for offset, value in fields[name].items()}
+    return Windows(**fields)

@@ -8,7 +8,8 @@ import dataclasses
 @dataclasses.dataclass
 class Progress:
     """How far the run is. ``seconds``: time on the loop's thread by what it was spent on, since this process began;
-    ``feed``: how its batches are made, by name."""
+    ``feed``: how its batches are made, by name. ``waiting``: what the learner waits for, in detail, or "". ``pace``: always
+    one line, who waits for what or who is ahead."""
 
     step: int = 0
     steps: int = 0
@@ -19,6 +20,7 @@ class Progress:
     by_source: dict[str, int] = dataclasses.field(default_factory=dict)
     updates_per_s: float = 0.0
     waiting: str = ""
+    pace: str = ""
     num_replaced: int = 0
     stats: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -84,7 +84,7 @@ class Ranks:
         timeout = datetime.timedelta(seconds=place.timeout_s)
         address = urlsplit(place.rendezvous)
         try:
-            self._store = dist.TCPStore(
+            self._store = dist.TCPStore(  # type: ignore[attr-defined]
                 address.hostname or "", address.port or 0, place.size, is_master=place.rank == 0, timeout=timeout
             )
             dist.init_process_group(backend, store=self._store, rank=place.rank, world_size=place.size, timeout=timeout)

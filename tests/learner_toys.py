@@ -50,6 +50,14 @@ class MemorySource:
     def num_steps(self, source: Source | None = None) -> int:
         return self._visible - self._retired if source in (None, Source.DEMO) else 0
 
+    def counts(self) -> np.ndarray:
+        counts_KT = np.zeros((len(Source), len(TASKS)), np.int64)
+        counts_KT[Source.DEMO, 0] = self.num_steps()
+        return counts_KT
+
+    def balance(self, counts_SKT: np.ndarray) -> None:
+        pass
+
     def feed_back(self, windows: Windows, loss_B: np.ndarray, table: np.ndarray) -> None:
         pass
 

@@ -15,12 +15,15 @@ from learner.ranks import RankPlace, Ranks
 TIMEOUT_S = 120.0
 
 
-def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, shards: Sequence[int] = ()) -> list[Any]:
+def on_ranks(
+    size: int, function: Callable[..., Any], *arguments: Any, shards: Sequence[int] = (), meet: bool = True
+) -> list[Any]:
     """``function(ranks, *arguments)`` in ``size`` processes at once; what each returned, by rank.
 
     Args:
         function: Of a module, so that another process finds it.
         shards: Shard by rank; default: all read shard 0.
+        meet: False: it gets its RankPlace instead, and makes its Ranks itself.
 
     Raises:
         AssertionError: A rank raised, or did not end in time; its traceback is in the message.
@@ -33,7 +36,7 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, shards: S
     pipes, processes = [], []
     for place in places:
         here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(there, place, function, arguments), daemon=True)
+        process = context.Process(target=_run, args=(there, place, meet, function, arguments), daemon=True)
         process.start()
         pipes.append(here)
         processes.append(process)
@@ -52,15 +55,16 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, shards: S
     return answers
 
 
-def _run(pipe: Any, place: RankPlace, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+def _run(pipe: Any, place: RankPlace, meet: bool, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
         import torch
 
         torch.set_num_threads(1)
-        ranks = Ranks(place)
-        value = function(ranks, *arguments)
+        ranks = Ranks(place) if meet else None
+        value = function(ranks or place, *arguments)
         pipe.send(("", pickle.dumps(value)))  # tensors by value: a shared one would end with this process
-        ranks.close()
+        if ranks is not None:
+            ranks.close()
     except BaseException:
         pipe.send((traceback.format_exc(), b""))

@@ -161,7 +161,7 @@ def test_an_algorithm_gets_every_field_of_its_windows(tmp_path):
         for field in dataclasses.fields(Batch):
             assert_equal(getattr(batch, field.name), getattr(want, field.name), field.name)
     assert any((batch.weight_B < 1).any() for batch in algorithm.batches)  # scores came back, and weights correct for them
-    assert [len(micro.weight_B) for micro in algorithm.micros[:4]] == [5, 5, 5, 1]
+    assert [len(micro.weight_B) for micro in algorithm.micros[:4]] == [4, 4, 4, 4]
     assert all(len(micro.obs_at[4]["observation.state"]) == len(micro.inside_at[4]) for micro in algorithm.micros)
 
 

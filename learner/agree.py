@@ -1,0 +1,103 @@
+"""What ranks must have alike, and how they get there: which checkpoint, which weights, what each shard's sampler knew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from algorithms.base import Algorithm
+from fleet.errors import LearnerError
+from fleet.spec import RobotSpec
+from learner.checkpoint import Checkpoint, Checkpoints, pack, to_arrays, unpack
+from learner.ranks import Ranks
+
+if TYPE_CHECKING:
+    from learner.loop import BatchSource
+
+_CHUNK = 1 << 22  # elements that are looked at at once
+_PRIME = 65521
+
+
+def newest_checkpoint(ranks: Ranks, checkpoints: Checkpoints) -> Checkpoint | None:
+    """The newest whole one by rank 0's judgement; every rank reads it from the folder that all share.
+
+    Raises:
+        LearnerError: As ``Checkpoints``.
+    """
+    found = checkpoints.newest() if ranks.first else None
+    step = int(ranks.broadcast_bytes(str(-1 if found is None else found.step).encode()))
+    return found if ranks.first or step < 0 else checkpoints.load(step)
+
+
+def all_specs(ranks: Ranks, specs: list[RobotSpec]) -> list[RobotSpec]:
+    """Specs of the robots of all shards, each once, in the order of ranks."""
+    told = ranks.gather_bytes(json.dumps([spec.to_dict() for spec in specs]).encode())
+    by_hash = {spec.hash: spec for data in told for spec in map(RobotSpec.from_dict, json.loads(data))}
+    return list(by_hash.values()) if ranks.size > 1 else specs
+
+
+def require_equal(ranks: Ranks, algorithm: Algorithm, weights: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+    """Checks that all ranks have the same weights to the last bit; one rank has. What acts is looked at too: an engine may
+    make its weights equal while copies that were taken before stay apart.
+
+    Args:
+        weights: ``Engine.weights``.
+
+    Raises:
+        LearnerError: On every rank; names those that differ from rank 0.
+    """
+    if ranks.size == 1:
+        return
+    acting: Mapping[str, Tensor] = algorithm.acting().state_dict()
+    digests = ranks.gather([digest({**weights, "acting": acting})])[:, 0]
+    differ = np.flatnonzero(digests != digests[0]).tolist()
+    if differ:
+        raise LearnerError(
+            f"at step {step} ranks {differ} have other weights than rank 0",
+            rule="all ranks have the same weights, to the last bit",
+            remedy="same versions of torch and the same kind of device on all nodes; what was learnt since the newest "
+            "checkpoint is given up",
+        )
+
+
+@torch.no_grad()
+def digest(weights: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """48 bits of names, shapes and all bits of the values. Sums of whole numbers: the same in whatever order they are added."""
+    sums = hashlib.sha256()
+    for part, tensors in sorted(weights.items()):
+        for name, tensor in sorted(tensors.items()):
+            bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            total, mixed = 0, 0
+            for begin in range(0, len(bits), _CHUNK):
+                piece = bits[begin : begin + _CHUNK].long()
+                place = (torch.arange(begin, begin + len(piece), device=piece.device) % _PRIME) + 1
+                total, mixed = total + int(piece.sum()), mixed + int((piece * place).sum())
+            sums.update(json.dumps([part, name, list(tensor.shape), total, mixed]).encode())
+    return int.from_bytes(sums.digest()[:6], "big")
+
+
+def sampler_states(ranks: Ranks, source: BatchSource) -> dict[str, Any]:
+    """By number of the shard, of its first rank; on rank 0, empty elsewhere."""
+    if ranks.size == 1:
+        return {"0": source.state()}
+    packed = ranks.gather_bytes(pack(source.state()) if ranks.shard_leader else b"")
+    leaders = ranks.place.leaders if ranks.first else []
+    return {str(shard): unpack(packed[leader]) for shard, leader in enumerate(leaders)}
+
+
+def load_sampler(ranks: Ranks, source: BatchSource, states: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """Gives this rank's sampler what its shard's knew. A shard that is not in ``states`` begins with what its log says.
+
+    Returns:
+        How many steps came meanwhile, to all shards; and the shards in ``states`` that nobody reads any more.
+    """
+    mine = states.get(str(ranks.place.shards[ranks.rank]))
+    num_new = source.load_state(to_arrays(mine)) if mine is not None else 0
+    total = ranks.gather([num_new])[ranks.place.leaders].sum()
+    return int(total), [shard for shard in states if int(shard) >= ranks.place.num_shards]

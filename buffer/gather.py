@@ -68,6 +68,8 @@ class Draw:
         obs, obs_at, actions: What is to be read.
         chunks_N: (arena, offset, length, row) of the policy call behind each step, and of the newest one of the log as an
             example (N = B + 1); arena -1 for none.
+        wider: A rank's few rows, and behind them others of the same batch, which take their places where too many of them
+            have images that cannot be decoded; None where there are rows enough, or no images.
     """
 
     needs: BatchNeeds
@@ -79,6 +81,7 @@ class Draw:
     obs_at: dict[int, dict[str, Read]]
     actions: Read
     chunks_N: np.ndarray
+    wider: Draw | None = None
 
 
 def gather(

@@ -34,7 +34,7 @@ import numpy as np
 
 from buffer import groups, sidecar
 from buffer.arena import Arena, Residency, allow_many_files
-from buffer.draw import Accept, Fill, draw_part
+from buffer.draw import Accept, draw_part
 from buffer.feedback import Feedback, Span
 from buffer.filters import both, passing
 from buffer.gather import Allocate, Draw, ImageCache, gather
@@ -43,13 +43,14 @@ from buffer.ingest import latencies_ms
 from buffer.labels import AFTERWARDS, LabelReader
 from buffer.log import load_spec
 from buffer.parts import IndexPart, PartBuilder
+from buffer.portion import Portion
 from buffer.reader import LogReader, LogRecord, SegmentMap
 from buffer.renumber import renumber
 from buffer.team import Team
-from buffer.undecodable import Undecodable
+from buffer.undecodable import ENOUGH, Undecodable, put_first
 from buffer.windows import WindowMaker
 from fleet.batch import WHOLE, BatchNeeds, Split, Windows
-from fleet.errors import FleetError, LearnerError, SpecError
+from fleet.errors import FleetError, SpecError
 from fleet.journal import Journal
 from fleet.robot import Source
 from fleet.spec import RobotSpec
@@ -91,9 +92,8 @@ class Sampler:
         split: Split = WHOLE,
     ) -> None:
         allow_many_files()
-        self._split = split
-        self._counts_SKT: np.ndarray | None = None  # of several shards
         self._folder, self._seed, self._journal, self._cache = folder, seed, journal, cache
+        self._portion = Portion(split, seed, len(task_names))
         self._reader = LogReader(folder, replacements=True)
         self.skipped_fragments: collections.Counter[str] = collections.Counter()
         self.skipped_tasks: collections.Counter[str] = collections.Counter()
@@ -180,11 +180,7 @@ class Sampler:
         Raises:
             LearnerError: The shape is another one.
         """
-        shape = (self._split.num_shards, len(Source), len(self.index.task_names))
-        if counts_SKT.shape != shape:
-            what = f"steps of all shards are counted in the shape {counts_SKT.shape}"
-            raise LearnerError(what, rule=f"it is (shards, sources, tasks), {shape}")
-        self._counts_SKT = counts_SKT.copy() if len(counts_SKT) > 1 else None
+        self._portion.balance(counts_SKT)
 
     def batch(self, needs: BatchNeeds, step: int, newest_version: int = -1) -> Windows:
         """``draw`` and ``gather`` in one."""
@@ -207,18 +203,20 @@ class Sampler:
         scores = self._feedback.scores(needs, self._spans)
         accept = both(passing(self.index, needs.filter, newest_version), None if scores is None else scores.accept)
         cached = None if self._cache is None else self._cached(needs, self._cache)
-        of_shard, mine = self._split.shard_rows(needs.batch_size), self._split.rows(needs.batch_size)
-        several = self._split.num_shards > 1
-        rng = np.random.default_rng([self._seed, step, self._split.shard] if several else [self._seed, step])
-        share = self._feedback.online_share(needs)
-        steps_B, due = draw_part(pools, needs, accept, share, rng, cached, len(of_shard), self._fill(tasks))
-        cut = slice(mine.start - of_shard.start, mine.stop - of_shard.start)
-        draw = self._maker.make(steps_B[cut], needs, step, self.position, self._arenas)
-        weight_B = np.ones(len(steps_B), np.float32) if scores is None else scores.weights(steps_B)
-        draw.facts["weight_B"], draw.facts["index_B"] = weight_B[cut], np.arange(mine.start, mine.stop)
-        if self._counts_SKT is not None and len(steps_B):
-            draw.facts["shard_weight"] = due * needs.batch_size / float(weight_B.sum())
-        return draw
+        online_share, fill = self._feedback.online_share(needs), self._portion.fill(tasks)
+        row_B, num_mine = self._portion.rows(needs.batch_size)
+        steps_B, due = draw_part(pools, needs, accept, online_share, self._portion.rng(step), cached, len(row_B), fill)
+        weight_B = np.ones(len(row_B), np.float32) if scores is None else scores.weights(steps_B)
+        shard_weight = self._portion.shard_weight(due, weight_B, needs.batch_size)
+
+        def first(num_rows: int) -> Draw:
+            at = row_B[:num_rows] - row_B.min(initial=needs.batch_size)
+            draw = self._maker.make(steps_B[at], needs, step, self.position, self._arenas)
+            draw.facts.update(weight_B=weight_B[at], index_B=row_B[:num_rows], shard_weight=shard_weight)
+            return draw
+
+        few = 0 < num_mine < min(ENOUGH, len(row_B)) and self._encoded(needs)
+        return dataclasses.replace(first(num_mine), wider=first(ENOUGH) if few else None)
 
     def feed_back(self, windows: Windows, loss_B: np.ndarray, table: np.ndarray) -> None:
         """Takes losses: of these windows as scores of their steps, where needs have a priority, and of the whole batch for
@@ -241,20 +239,24 @@ class Sampler:
         rank's own: those that the others gave to their rows are not in it.
         """
         newest = max(self._segments, default=0)
-        num_steps = self._segments[newest].num_steps if newest else 0
-        return {**self._feedback.state(self._spans()), "read": {"segment": newest, "num_steps": num_steps}}
+        read = {"segment": newest, "file": "", "num_steps": 0}
+        if newest:
+            read |= {"file": self._segments[newest].file, "num_steps": self._segments[newest].num_steps}
+        return {**self._feedback.state(self._spans()), "read": read}
 
     def load_state(self, state: Mapping[str, Any]) -> int:
         """Takes what ``state`` returned, also in another process; before the first ``draw``, after a ``poll``.
 
         Returns:
             The number of steps that came since, of the tasks that are asked for; what retention took meanwhile is not missed.
+            Of another shard's state all steps are new, and scores are nobody's.
         """
         self._feedback.load_state(state)
-        newest, num_steps = state["read"]["segment"], state["read"]["num_steps"]
-        later = sum(taken.num_steps for number, taken in self._segments.items() if number > newest)
-        more = self._segments[newest].num_steps - num_steps if newest in self._segments else 0
-        return later + max(more, 0)
+        read, newest = state["read"], self._segments.get(state["read"]["segment"])
+        if newest is not None and newest.file != read["file"]:
+            return self._num_steps_of(0)
+        more = newest.num_steps - read["num_steps"] if newest is not None else 0
+        return self._num_steps_of(read["segment"] + 1) + max(more, 0)
 
     def groups(self, **options: Any) -> list[np.ndarray]:
         """Groups of episodes for GRPO: ``buffer.groups.groups``."""
@@ -273,9 +275,12 @@ class Sampler:
         Raises:
             StorageError: The disk cannot be read, or more than half of the batch has images that cannot be decoded.
         """
-        allocate = out or (lambda _, shape, dtype: np.empty(shape, dtype))
-        windows, bad = gather(draw, allocate, self._cache, self._residency, self._team)
-        if bad:
+        windows, bad = gather(draw, out or _new_array, self._cache, self._residency, self._team)
+        if bad and draw.wider is not None and self.undecodable.too_many(windows, bad):
+            wider, bad = gather(draw.wider, _new_array, self._cache, self._residency, self._team)
+            self.undecodable.leave_out(wider, bad)
+            put_first(windows, wider)
+        elif bad:
             self.undecodable.leave_out(windows, bad)
         return windows
 
@@ -382,23 +387,25 @@ class Sampler:
                 taken.runs = [(moved.fragment(first), moved.fragment(end - 1) + 1) for first, end in taken.runs]
         self._feedback.release()
 
-    def _fill(self, tasks: set[int]) -> Fill | None:
-        """What shards have of these tasks."""
-        if self._counts_SKT is None:
-            return None
-        asked_T = np.isin(np.arange(len(self.index.task_names)), list(tasks))
-        return Fill(self._counts_SKT[self._split.shard] * asked_T, self._counts_SKT.sum(0) * asked_T)
+    def _encoded(self, needs: BatchNeeds) -> tuple[str, ...]:
+        """The observations that are stored encoded: images."""
+        return tuple(name for name in needs.observations if self._maker.feature(name).codec != "raw")
 
     def _cached(self, needs: BatchNeeds, cache: ImageCache) -> Accept | None:
         """Which steps have all their images in the cache; None where none are encoded."""
-        names = tuple(name for name in needs.observations if self._maker.feature(name).codec != "raw")
-        if not names or not needs.cached_share:
-            return None
-        return lambda steps: cache.cached(steps, names)
+        names = self._encoded(needs)
+        return (lambda steps: cache.cached(steps, names)) if names and needs.cached_share else None
+
+    def _num_steps_of(self, first_segment: int) -> int:
+        return sum(taken.num_steps for number, taken in self._segments.items() if number >= first_segment)
 
     def _spans(self) -> list[Span]:
         """Which steps are of which segment."""
         return [(taken.file, *self.index.span(*run)) for taken in self._segments.values() for run in taken.runs]
+
+
+def _new_array(_: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    return np.empty(shape, dtype)
 
 
 @dataclasses.dataclass

@@ -253,6 +253,7 @@ def _same(a, b, where) -> None:
         for key in a:
             _same(a[key], b[key], f"{where}[{key}]")
     else:
+        a, b = np.asarray(a), np.asarray(b)
         assert a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f"), where
 
 

@@ -10,7 +10,7 @@ from buffer.image_cache import ImageCache
 from buffer.ingest import Ingest
 from buffer.log import Log
 from buffer.sampler import Sampler
-from fleet.batch import BatchNeeds
+from fleet.batch import WHOLE, BatchNeeds, Split
 from fleet.errors import StorageError
 from fleet.journal import Journal, read_journal
 from fleet.robot import Source
@@ -25,7 +25,7 @@ NEEDS = BatchNeeds(200, 2, (STATE, IMAGE), {(Source.DEMO,): 1.0}, offsets=(0, 1)
 def make(tmp_path, monkeypatch):
     """Makes a sampler of an episode of 100 steps whose ``broken`` frames are headers of images without an image."""
 
-    def make(broken, cache=None):
+    def make(broken, cache=None, split=WHOLE):
         encode, log = fleet.images.encode, Log(tmp_path / "log")
 
         def encoded(feature, image):
@@ -41,7 +41,7 @@ def make(tmp_path, monkeypatch):
         ingest.commit()
         log.close()
         journal = Journal(tmp_path / "learner.jsonl")
-        sampler = Sampler(tmp_path / "log", ["reach"], 0, journal, cache=cache)
+        sampler = Sampler(tmp_path / "log", ["reach"], 0, journal, cache=cache, split=split)
         assert sampler.poll() == 100
         return sampler, lambda: [line for line in read_journal(tmp_path / "learner.jsonl") if line["kind"] == "undecodable"]
 
@@ -87,4 +87,32 @@ def test_a_batch_of_nothing_else_is_refused(make):
     sampler, _ = make(range(100))
     with pytest.raises(StorageError, match="1 of the 1 windows"):
         sampler.batch(dataclasses.replace(NEEDS, batch_size=1), 0)
+    sampler.close()
+
+
+def test_a_rank_with_few_rows_takes_others_of_the_batch_when_its_own_are_bad_by_chance(make):
+    sampler, lines = make(range(45, 70), split=Split(3, (0,) * 100))
+    taken = 0
+    for step in range(30):
+        draw = sampler.draw(NEEDS, step)
+        assert len(draw.facts["frame_B"]) == 2
+        bad = np.isin(draw.facts["frame_B"], range(44, 70))
+        arrays = {}
+        windows = sampler.gather(draw, lambda name, shape, dtype, to=arrays: to.setdefault(name, np.empty(shape, dtype)))
+        assert windows.index_B.tolist() == [6, 7] and windows.shard_weight == 1.0
+        assert not np.isin(windows.frame_B, range(44, 70)).any() and windows.obs[IMAGE] is arrays[IMAGE]
+        np.testing.assert_array_equal(windows.frame_B[~bad], draw.facts["frame_B"][~bad])
+        for images, frames in ((windows.obs[IMAGE], windows.frame_B), (arrays[f"{IMAGE}@1"], windows.obs_at[1][STATE][:, 2])):
+            assert np.abs(images.reshape(2, -1).mean(1) - 40 - frames).max() < 3
+        np.testing.assert_array_equal(windows.actions_BHA[:, 0, 0], 7000 + windows.frame_B)
+        taken += bad.all()
+    assert taken >= 1 and lines()
+    sampler.close()
+
+
+def test_a_rank_with_few_rows_refuses_as_well_when_most_of_the_batch_is_bad(make):
+    sampler, _ = make(range(10, 100), split=Split(3, (0,) * 100))
+    with pytest.raises(StorageError, match=r"[3-6]\d of the 64 windows"):
+        for step in range(20):
+            sampler.batch(NEEDS, step)
     sampler.close()

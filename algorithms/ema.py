@@ -23,6 +23,7 @@ class Ema:
         """Call once after each update; ``step`` counts from 0."""
         decay = min(self._decay, (step + 1) / (step + 11))
         averages = [p.detach() for p in self.module.parameters()]
-        torch._foreach_lerp_(averages, [p.detach() for p in self._source.parameters()], 1.0 - decay)
+        values = [p.detach().to(a.dtype) for a, p in zip(averages, self._source.parameters(), strict=True)]
+        torch._foreach_lerp_(averages, values, 1.0 - decay)
         for average, value in zip(self.module.buffers(), self._source.buffers(), strict=True):
             average.copy_(value)

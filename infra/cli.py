@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -45,17 +46,42 @@ def up(
 
 
 @app.command()
+def down(run: RunPath) -> None:
+    """Stop a run from another terminal: the learner's checkpoint first, then gateway and registry, on all nodes."""
+    with clear_errors():
+        from infra.down import down as stop
+
+        stop(run, lambda text: typer.echo(text))
+
+
+@app.command()
+def logs(
+    run: RunPath,
+    name: Annotated[str, typer.Argument(help="Of a log; empty: lists them.")] = "",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added, also across restarts.")] = False,
+    num: Annotated[int, typer.Option("--num", "-n", min=0, help="Lines from the end.")] = 50,
+) -> None:
+    """Show what a process of a run wrote: gateway, registry, driver, learner ranks, robots, nodes."""
+    with clear_errors():
+        from infra.logs import show_logs
+
+        with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
+            show_logs(run, name, num, follow)
+
+
+@app.command()
 def enroll(
     robot_id: Annotated[str, typer.Argument(help="Name of the robot, for example arm-07.")],
     run: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/demo"),
     out: Annotated[Path | None, typer.Option(help="File to write; default ROBOT.yaml here.")] = None,
     endpoint: Annotated[str, typer.Option(help="Address of the gateway as the robot sees it; default: where it listens.")] = "",
+    node: Annotated[str, typer.Option(help="Whose gateway, in a run of several nodes; default: with the fewest robots.")] = "",
 ) -> None:
     """Register a robot: writes its one credential file. Copy it to the robot and run `fleet join FILE` there."""
     with clear_errors():
         from infra.enroll import enroll as register
 
-        path = register(run, robot_id, out or Path(f"{robot_id}.yaml"), endpoint)
+        path = register(run, robot_id, out or Path(f"{robot_id}.yaml"), endpoint, node=node)
         if "tcp://127." in path.read_text():
             typer.echo(
                 "note: the gateway listens on this machine only; for robots elsewhere set gateway.bind, or give --endpoint"
@@ -113,7 +139,7 @@ def status(
     run: RunPath,
     as_json: AsJson = False,
 ) -> None:
-    """Show robots, learner and releases of a run."""
+    """Show robots, learner, nodes and releases of a run, and what waits for what."""
     with clear_errors():
         from infra.status import show_status
 

@@ -13,19 +13,28 @@ from fleet.errors import IdentityError, RunFolderError
 from fleet.identity import Credential, revoke
 from fleet.identity import enroll as make_credential
 from fleet.runfolder import RunFolder
+from infra.nodes import choose_node, give_robot
 
 
 def enroll(
-    run_path: Path, robot_id: str, out: Path, endpoint: str = "", overrides: dict[str, dict[str, Any]] | None = None
+    run_path: Path,
+    robot_id: str,
+    out: Path,
+    endpoint: str = "",
+    overrides: dict[str, dict[str, Any]] | None = None,
+    *,
+    node: str = "",
 ) -> Path:
     """Writes the file of one robot. Its robot, operator and actor tables start as those of the run, to be edited.
 
     Args:
+        endpoint: The gateway as the robot sees it; empty: where it listens.
         overrides: Keys of those tables that differ for this robot, by table.
+        node: Whose gateway it connects to in a run of several nodes; empty: the one with the fewest robots.
 
     Raises:
         IdentityError: The robot is enrolled already, or the name breaks the rules.
-        RunFolderError: The folder is not a run, or its gateway was never started.
+        RunFolderError: The folder is not a run, its gateway was never started, or there is no such node.
     """
     run = RunFolder.open(run_path)
     if out.exists():
@@ -33,7 +42,13 @@ def enroll(
     tables = {name: dataclasses.asdict(table) for name, table in load_run(run.config, TABLES).items()}
     for name, changes in (overrides or {}).items():
         tables[name] |= changes
-    credential = make_credential(run.keys, robot_id, endpoint or gateway_endpoint(run), run.run_id)
+    if node and not run.shared:
+        raise RunFolderError(f"--node {node} in a run of one node", rule="run.shared makes it a run of several")
+    chosen = choose_node(run, node) if run.shared else None
+    own = chosen.endpoint if chosen else gateway_endpoint(run)
+    credential = make_credential(run.keys, robot_id, endpoint or own, run.run_id)
+    if chosen is not None:
+        give_robot(run, robot_id, chosen.name)
     try:
         credential.save(out, tables)
     except OSError as error:

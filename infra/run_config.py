@@ -20,12 +20,28 @@ from infra.evaluator import EvaluatorConfig
 class RunConfig:
     tasks: dict[str, str] = dataclasses.field(default_factory=dict)
     """Instruction by task name."""
+    shared: str = ""
+    """Folder that all nodes of the cluster mount at the same place, a path or a file:// URI: what all of them need (keys,
+    releases, checkpoints) lies in a folder of the run's name in it. Empty: the run has one node."""
 
     def check(self) -> None:
         if not self.tasks:
             raise ConfigError(
                 "tasks is empty", rule="a run has at least one task", remedy="run: {tasks: {reach: reach the target}}"
             )
+        self.shared_path()
+
+    def shared_path(self) -> Path | None:
+        """The folder that all nodes mount; None where the run has one node. ConfigError when it cannot be a path."""
+        scheme, separator, rest = self.shared.partition("://")
+        if separator and (scheme != "file" or not rest.startswith("/")):
+            raise ConfigError(
+                f"shared = {self.shared!r}",
+                rule="a path or file:///PATH that all nodes mount; other file systems are not supported yet",
+                remedy="mount it (NFS, a FUSE driver of the object store) and name the folder",
+            )
+        path = rest if separator else self.shared
+        return Path(path).expanduser().absolute() if path else None
 
 
 PROCESS_TABLES: dict[str, type] = {
@@ -49,7 +65,25 @@ def load_tables(path: Path, overrides: list[str]) -> dict[str, Any]:
 
     tables |= load_run(path, {**PROCESS_TABLES, **LEARNER_TABLES}, overrides)
     check_learner_tables(tables)
+    check_nodes(tables)
     return tables
+
+
+def check_nodes(tables: dict[str, Any]) -> None:
+    """Raises ConfigError where the run file alone tells that a run of several nodes cannot work."""
+    names = tables["cluster"].nodes
+    if len(names) > 1 and not tables["run"].shared:
+        raise ConfigError(
+            f"cluster.nodes = {names}, and run.shared is empty",
+            rule="nodes share keys, releases and checkpoints in a folder that all of them mount",
+            remedy="run.shared=/mnt/fleet, or one node",
+        )
+    if (len(names) > 1 or tables["run"].shared) and tables["gateway"].advertise:
+        raise ConfigError(
+            f"gateway.advertise = {tables['gateway'].advertise!r} in a run of several nodes",
+            rule="each node has a gateway at its own address",
+            remedy="leave it empty, and give `fleet enroll` an --endpoint where robots see another address",
+        )
 
 
 def check_run_file(path: Path, overrides: list[str]) -> list[str]:

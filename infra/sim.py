@@ -26,18 +26,24 @@ def sim_child(
     return Child(robot_id, command, run.logs / f"{robot_id}.log", once=once, optional=not once)
 
 
-def fleet_children(run: RunFolder, num: int, overrides: list[str]) -> list[Child]:
-    """``num`` robots that share the run's operator budget evenly and begin with different tasks."""
+def sim_settings(run: RunFolder, num: int, prefix: str = "sim") -> dict[str, dict[str, dict[str, Any]]]:
+    """For each of ``num`` simulated robots its differences from the run's tables: they share the run's operator budget
+    evenly and begin with different tasks."""
     tables = load_run(run.config, TABLES)
-    children = []
+    robots = {}
     for index in range(num):
         settings = dict(tables["operator"].settings)
         for budget in ("budget_steps", "task_budget_steps"):
             if settings.get(budget) is not None:
                 settings[budget] //= num
         changes: dict[str, dict[str, Any]] = {"operator": {"settings": settings}, "actor": {"first_task": index}}
-        children.append(sim_child(run, f"sim-{index:02d}", changes, overrides))
-    return children
+        robots[f"{prefix}-{index:02d}"] = changes
+    return robots
+
+
+def fleet_children(run: RunFolder, num: int, overrides: list[str]) -> list[Child]:
+    """``num`` simulated robots on this machine."""
+    return [sim_child(run, robot_id, changes, overrides) for robot_id, changes in sim_settings(run, num).items()]
 
 
 def lock_fleet(run: RunFolder) -> FolderLock:

@@ -20,13 +20,14 @@ from typing import IO, Any
 
 from buffer.main import endpoint_file
 from fleet.config import dump
-from fleet.errors import FleetError, GatewayUnreachable, RunFolderError
+from fleet.errors import ConfigError, FleetError, GatewayUnreachable, RunFolderError
 from fleet.identity import create_run_keys
 from fleet.journal import Journal
 from fleet.runfolder import RunFolder
 from fleet.server.registry import Registry, registry_url, server_command
 from infra.driver import CANNOT_GO_ON, hold_file
 from infra.driver_status import one_line, read_status
+from infra.nodes import HEAD, Presence, read_nodes, stop_nodes
 from infra.run_config import load_tables, write_catalogue
 from infra.supervisor import Child, CrashLoop, Supervisor, last_lines, start_of
 
@@ -48,10 +49,43 @@ def open_run(source: Path, overrides: list[str], *, resume: bool, runs: Path) ->
         run = RunFolder.open(source)
         if not resume:
             raise RunFolderError(f"{source} holds a run", rule="a run is gone on with on purpose", remedy="add --resume")
-        return run, load_tables(run.config, overrides)
+        tables = load_tables(run.config, overrides)
+        return run, _with_shared(tables, _shared_of(tables, run.path), run)
     tables = load_tables(source, overrides)
     path = runs / source.stem
-    return (RunFolder.open(path) if resume else RunFolder.create(path)), tables
+    shared = _shared_of(tables, path)
+    if not resume:
+        run = RunFolder.create(path, shared)
+    elif shared is not None and shared.exists() and not path.exists():
+        run = RunFolder.attach(path, shared)  # the run goes on from another machine
+    else:
+        run = RunFolder.open(path)
+    return run, _with_shared(tables, shared, run)
+
+
+def _shared_of(tables: dict[str, Any], path: Path) -> Path | None:
+    """Where the part of the run in ``path`` lies that its nodes share."""
+    mounted = tables["run"].shared_path()
+    if mounted is None:
+        return None
+    if not mounted.is_dir():
+        raise ConfigError(
+            f"run.shared = {str(mounted)!r} is no folder",
+            rule="it is there and mounted by all nodes",
+            remedy="mount or make it",
+        )
+    return Path(mounted) / path.resolve().name
+
+
+def _with_shared(tables: dict[str, Any], shared: Path | None, run: RunFolder) -> dict[str, Any]:
+    """The tables, with a path that other processes and nodes understand."""
+    if run.shared != (shared and shared.resolve()):
+        raise RunFolderError(
+            f"{run.path} shares {run.shared or 'nothing'}, and run.shared names {shared or 'nothing'}",
+            rule="where a run is shared is settled at its start",
+            remedy="put run.shared back, or start a new run",
+        )
+    return tables | {"run": dataclasses.replace(tables["run"], shared=str(shared.parent) if shared else "")}
 
 
 def write_run_file(run: RunFolder, tables: dict[str, Any]) -> None:
@@ -72,6 +106,7 @@ class LocalRun:
     def __init__(self, run: RunFolder, tables: dict[str, Any]) -> None:
         self.run, self.tables = run, tables
         self._lock = lock_run(run)
+        self._presence = self._appear() if run.shared else None
         write_run_file(run, tables)  # all processes read it, so what was overridden or edited counts for each of them
         create_run_keys(run.keys)
         write_catalogue(run, tables["run"])
@@ -81,6 +116,17 @@ class LocalRun:
         self.failure: FleetError | None = None
         self._status: dict[str, Any] = {}
         self._furthest = 0
+
+    def _appear(self) -> Presence:
+        other = read_nodes(self.run).get(HEAD)
+        if other is not None and other.alive and other.folder != str(self.run.path):
+            age_s = (time.time_ns() - other.time_ns) / 1e9
+            raise RunFolderError(
+                f"the run in {self.run.shared} was served {age_s:.0f} s ago from {other.folder}",
+                rule="one `fleet up` a run",
+                remedy="stop that one, or wait ten seconds after its end",
+            )
+        return Presence(self.run, HEAD)
 
     def start(self) -> None:
         """Starts registry and gateway and waits until robots can connect.
@@ -128,6 +174,8 @@ class LocalRun:
                 raise
             self.supervisor.children[DRIVER].done = True
             self._fail(error)
+        if self._presence is not None:
+            self._presence.show()
         driver = self.supervisor.children.get(DRIVER)
         if driver is None:
             return {}
@@ -164,7 +212,7 @@ class LocalRun:
         return str(json.loads(endpoint_file(self.run).read_text())["endpoint"])
 
     def stop(self) -> None:
-        """Ends the robots started here, the learner (after a checkpoint), gateway and registry, in this order."""
+        """Ends the robots started here, the learner (after a checkpoint), other nodes, gateway and registry, in this order."""
         servers = ("gateway", "registry")
         if robots := [name for name in self.supervisor.children if name not in (*servers, DRIVER)]:
             self.supervisor.stop(robots)
@@ -173,9 +221,13 @@ class LocalRun:
             self._look_at(self.supervisor.children[DRIVER])
             if self.registry is not None:
                 self.registry.put_learner(self._status)
+        if self.run.shared:
+            stop_nodes(self.run)
         if self.registry is not None:
             self.registry.close()
         self.supervisor.stop()
+        if self._presence is not None:
+            self._presence.leave()
         self.journal.close()
         self._lock.close()
 

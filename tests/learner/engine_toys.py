@@ -112,14 +112,17 @@ def train_toy_engine(
     ranks: Ranks = ALONE,
     steps: int = 20,
     *,
-    dtype: torch.dtype = torch.float64,
+    tensors: torch.dtype = torch.float64,
     size: int = 7,
     counts: bool = False,
     start: Trained | None = None,
     **config: Any,
 ) -> Trained:
-    """Trains both parts in turns on this rank's rows of the batches of all ranks; ``start``: goes on from there."""
-    algorithm = ActorCritic(dtype=dtype, batch_size=size, counts=counts)
+    """Trains both parts in turns on this rank's rows of the batches of all ranks; ``start``: goes on from there.
+
+    ``config``: of EngineConfig. Deterministic: the same arguments give the same bits.
+    """
+    algorithm = ActorCritic(dtype=tensors, batch_size=size, counts=counts)
     engine = make_engine(EngineConfig(**config), algorithm, CPU, ranks)
     first = 0
     if start is not None:
@@ -130,7 +133,7 @@ def train_toy_engine(
     for step in range(first, first + steps):
         algorithm.step = step
         for part in algorithm.parts:
-            numbers.append(engine.update(part, algorithm.loss, take_rows(toy_batch(step, size, dtype), rows)))
+            numbers.append(engine.update(part, algorithm.loss, take_rows(toy_batch(step, size, tensors), rows)))
     with engine.gathered():
         weights = {part: {n: v.detach().clone() for n, v in named.items()} for part, named in engine.weights().items()}
     return Trained(numbers, weights, engine.state(), {part: engine.per_sample(part) for part in algorithm.parts})

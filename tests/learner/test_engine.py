@@ -11,6 +11,7 @@ from learner.engine_torch import TorchEngine
 from learner.main import EngineConfig
 from learner.ranks import RankPlace, Ranks
 from tests.batches import make_batch
+from tests.learner.engine_toys import ActorCritic, toy_batch, train_toy_engine
 from tests.learner_toys import ACTION_DIM, STATE_DIM, LinearPolicy, Pair, PairConfig
 
 CPU = torch.device("cpu")
@@ -92,6 +93,27 @@ def test_the_update_is_that_of_plain_torch():
         assert numbers["loss"] == pytest.approx(float((out.sum / out.weight).detach()))
     for first, second in zip(algorithm.policy.parameters(), plain.policy.parameters(), strict=True):
         torch.testing.assert_close(first, second)
+
+
+def test_an_actor_trained_through_a_critic_is_that_of_plain_torch():
+    """Two parts in turns, weights that differ, a parameter without a loss: written out again in torch alone."""
+    plain, losses = ActorCritic(), []
+    optimizers = {name: part.make_optimizer(part.module.parameters()) for name, part in plain.parts.items()}
+    for step in range(20):
+        plain.step = step
+        for name, optimizer in optimizers.items():
+            out = plain.loss(name, toy_batch(step))
+            parameters = list(plain.parts[name].module.parameters())
+            gradients = torch.autograd.grad(out.sum / out.weight, parameters, allow_unused=True)
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+            optimizer.step()
+            losses.append(float((out.sum / out.weight).detach()))
+    trained = train_toy_engine()
+    assert [n["loss"] for n in trained.numbers] == pytest.approx(losses, rel=1e-12, abs=1e-12)
+    for name, part in plain.parts.items():
+        for key, value in part.module.state_dict().items():
+            torch.testing.assert_close(trained.weights[name][key], value, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

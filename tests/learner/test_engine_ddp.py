@@ -20,24 +20,13 @@ SETTINGS = {
     "micro": ({"micro_batch": 1}, 1e-12),
     "clipped": ({"max_grad_norm": 0.05, "micro_batch": 2}, 1e-12),
     "checkpointed": ({"activation_checkpointing": True, "micro_batch": 3}, 1e-12),
-    "float32": ({"dtype": torch.float32}, 2e-5),
+    "float32": ({"tensors": torch.float32}, 2e-5),
 }
-
-
-def settings_of(name):
-    settings = dict(SETTINGS[name][0])
-    dtype = settings.pop("dtype", torch.float64)
-    return {"tensors": dtype, **settings}
-
-
-def train(ranks, name, **more):
-    settings = settings_of(name)
-    return train_toy_engine(*([ranks] if ranks else []), dtype=settings.pop("tensors"), **settings, **more)
 
 
 def everything(ranks, alone):
     """All that is asked of one set of processes: they take seconds to start."""
-    found = {name: train(ranks, name) for name in SETTINGS}
+    found = {name: train_toy_engine(ranks, **settings) for name, (settings, _) in SETTINGS.items()}
     found["from_alone"] = train_toy_engine(ranks, 10, start=alone)
     found["half"] = train_toy_engine(ranks, 10)
     found["counted"] = train_toy_engine(ranks, 3, counts=True)
@@ -55,7 +44,8 @@ def ddp(request):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_ranks_together_make_the_updates_of_one(ddp, name):
-    alone, tolerance = train(None, name), SETTINGS[name][1]
+    settings, tolerance = SETTINGS[name]
+    alone = train_toy_engine(**settings)
     for rank in ddp:
         assert largest_difference(alone, rank[name]) <= tolerance
         assert largest_difference(ddp[0][name], rank[name]) == 0  # among themselves they agree to the bit

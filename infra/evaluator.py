@@ -22,6 +22,7 @@ from fleet.journal import Journal
 from fleet.runfolder import RunFolder
 from fleet.seeds import CLAIMS, CONTINUAL, held_out_seeds
 from fleet.server.releases import ReleaseStore
+from infra.driver_status import read_status
 from infra.results import CONTINUAL as LABEL
 from infra.results import newest_tested
 
@@ -166,11 +167,7 @@ class _Evaluator:
         self._newest = {"version": version, "rate": total.rate, "low": total.low, "high": total.high, "seconds": seconds}
 
     def _finished(self) -> bool:
-        try:
-            state = json.loads((self._run.path / "learner-status.json").read_text())["state"]
-        except (OSError, ValueError, KeyError):
-            return False
-        return bool(state == "finished")
+        return bool(read_status(self._run).get("state") == "finished")
 
     def _report(self, state: str, **facts: Any) -> None:
         self._tell({"state": state, "pid": os.getpid(), "result": self._newest, **facts})

@@ -78,6 +78,7 @@ class Background:
                 fact = ("waiting", {"why": f"{kind} waits for room: {full}"})
             except BaseException as raised:  # handed to the loop, which raises it
                 error = raised
+            del job  # what it holds may be used again
             with self._changed:
                 self._busy = False
                 self._error = self._error or error

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from fleet.releases import Manifest
 from fleet.server.releases import ReleaseStore
+from learner.tensor_file import dumps
 
 
 class Publisher:
@@ -44,7 +44,7 @@ class Publisher:
             ReleaseError, StorageError: See ReleaseStore.publish.
         """
         metrics = {name: value for name, value in stats.items() if math.isfinite(value)}
-        manifest = self._store.publish(save(dict(weights)), algorithm=algorithm, step=step, metrics=metrics, policy=policy)
+        manifest = self._store.publish(dumps(weights), algorithm=algorithm, step=step, metrics=metrics, policy=policy)
         self.version, self.step = manifest.version, step
         if self._keep:
             self._store.prune(self._keep)

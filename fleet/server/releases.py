@@ -47,7 +47,13 @@ class ReleaseStore:
         self._swept = False
 
     def publish(
-        self, safetensors: bytes, *, algorithm: str, step: int, metrics: Mapping[str, float], policy: Mapping[str, Any]
+        self,
+        safetensors: bytes | memoryview,
+        *,
+        algorithm: str,
+        step: int,
+        metrics: Mapping[str, float],
+        policy: Mapping[str, Any],
     ) -> Manifest:
         """Makes the next release. One process at a time may do this: the holder of the learner's lock.
 

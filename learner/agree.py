@@ -18,10 +18,11 @@ from learner.checkpoint import Checkpoint, Checkpoints, pack, to_arrays, unpack
 from learner.ranks import Ranks
 
 if TYPE_CHECKING:
-    from learner.loop import BatchSource
+    from learner.supply import BatchSource
 
 _CHUNK = 1 << 22  # elements that are looked at at once
 _PRIME = 65521
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def newest_checkpoint(ranks: Ranks, checkpoints: Checkpoints) -> Checkpoint | None:
@@ -68,11 +69,12 @@ def require_equal(ranks: Ranks, algorithm: Algorithm, weights: Mapping[str, Mapp
 
 @torch.no_grad()
 def digest(weights: Mapping[str, Mapping[str, Tensor]]) -> int:
-    """48 bits of names, shapes and all bits of the values. Sums of whole numbers: the same in whatever order they are added."""
+    """48 bits of names, shapes and all bits of the values: from sums of whole numbers (they may overflow), which are the same
+    in whatever order a device adds."""
     sums = hashlib.sha256()
     for part, tensors in sorted(weights.items()):
         for name, tensor in sorted(tensors.items()):
-            bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            bits = tensor.detach().contiguous().reshape(-1).view(_BITS[tensor.element_size()])
             total, mixed = 0, 0
             for begin in range(0, len(bits), _CHUNK):
                 piece = bits[begin : begin + _CHUNK].long()

@@ -22,10 +22,10 @@ from fleet.lookup import resolve
 from fleet.robot import Source
 from fleet.spec import RobotSpec
 from learner.checkpoint import Checkpoint
-from learner.loop import POLL_S, BatchSource
 from learner.main import PolicyConfig
 from learner.progress import Progress
 from learner.ranks import Ranks
+from learner.supply import POLL_S, BatchSource
 
 STATISTICS_STEPS = 8192  # drawn from the demonstrations, to normalise observations by
 

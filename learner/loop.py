@@ -12,66 +12,29 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from algorithms.base import Algorithm
-from buffer.mixture import loss_table
-from fleet.batch import BatchNeeds, Windows
-from fleet.errors import LearnerError, NoData
-from fleet.robot import SOURCE_NAMES, Source
-from learner.agree import load_sampler, require_equal, sampler_states
+from fleet.batch import Windows
+from fleet.errors import LearnerError
+from fleet.robot import SOURCE_NAMES
+from learner.agree import require_equal
 from learner.background import Fact
 from learner.budget import Budget
 from learner.checkpoint import Checkpoint
 from learner.engine import Engine
-from learner.exchange import Facts, Known, exchange
-from learner.feed import Feed, no_rows
+from learner.feed import Feed
 from learner.keep import Keep
 from learner.pace import Pace
 from learner.progress import Progress
 from learner.ranks import Ranks
+from learner.supply import BatchSource, Supply
 
-POLL_S = 0.1  # between two looks at the log
-WAIT_S = 0.02  # between two looks while there is nothing to do
 REPORT_S = 0.5
-
-
-class BatchSource(Protocol):
-    """Where batches come from: ``buffer.prefetch.Prefetcher``, or ``buffer.sampler.Sampler`` itself."""
-
-    def poll(self) -> int: ...
-
-    def num_steps(self, source: Source | None = None) -> int: ...
-
-    def counts(self) -> np.ndarray:
-        """Steps that can be drawn by source and task: (sources, tasks)."""
-        ...
-
-    def balance(self, counts_SKT: np.ndarray) -> None:
-        """What all shards have, where there are several: (shards, sources, tasks)."""
-        ...
-
-    def batch(self, needs: BatchNeeds, step: int, newest_version: int = -1) -> Windows:
-        """This rank's rows. Its arrays may be overwritten from the next call on."""
-        ...
-
-    def feed_back(self, windows: Windows, loss_B: np.ndarray, table: np.ndarray) -> None:
-        """Losses of the samples of a batch for priorities, and ``buffer.mixture.loss_table`` of all ranks for adaptive
-        mixtures."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """What draws depend on beside (seed, step, position): plain data and numpy arrays."""
-        ...
-
-    def load_state(self, state: Mapping[str, Any]) -> int:
-        """Returns how many steps came since ``state`` was asked for, whatever retention took meanwhile."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,21 +87,15 @@ class Loop:
         report: Callable[[Progress], None],
         write: Callable[..., None],
     ) -> None:
-        self._source, self._phases, self._settings, self._device = source, phases, settings, device
-        self._ranks, self._pace, self._keep, self._budget = ranks, pace, keep, budget
-        self._report, self._write, self._timed = report, write, budget.timed
-        self._feed, self._num_tasks = Feed(instructions_KE, device), len(instructions_KE)
+        self._phases, self._settings, self._device, self._ranks = phases, settings, device, ranks
+        self._pace, self._keep, self._budget, self._timed = pace, keep, budget, budget.timed
+        self._report, self._write = report, write
+        self._feed = Feed(instructions_KE, device)
+        self._supply = Supply(source, self._feed, ranks, pace, lambda: keep.release, budget.timed)
         self._phase = -1
-        self._windows: Windows | None = None
-        self._borrowed = False
-        self._spare: tuple[BatchNeeds, Windows] | None = None  # of another rank, for when this one has nothing to draw
-        self._lack: NoData | None = None
-        self._known: Known
         self._algorithm: Algorithm | None = None
         self._engine: Engine | None = None
-        self._num_new = 0
-        self._counts_KT = source.counts()
-        self._polled = self._reported = self._window_start = 0.0
+        self._reported = self._window_start = 0.0
         self._window_step = 0
         self.progress = Progress(steps=phases[-1].until, release=keep.release)
 
@@ -170,8 +127,7 @@ class Loop:
         engine.load_state(state["optimizers"])
         self._require_equal()
         self._pace.load(meta["rate"])
-        num_new, nobodys = load_sampler(self._ranks, self._source, state["samplers"])
-        self._pace.inserted(num_new)
+        nobodys = self._supply.load(state["samplers"])
         self.progress.step = checkpoint.step
         self._keep.resumed(checkpoint.step)
         return nobodys
@@ -188,14 +144,16 @@ class Loop:
         self._window_start, self._window_step = time.monotonic(), progress.step
         self._keep.open()
         try:
-            self._poll(force=True)
-            self._exchange(stop=False)
+            self._supply.poll(force=True)
+            self._supply.exchange()
+            self._look()
             while progress.step < progress.steps:
                 if self._phase < 0 or progress.step >= self._phases[self._phase].until:
                     self._enter(self._phase + 1)
-                if not self._ready(stop):
+                windows = self._next(stop)
+                if windows is None:
                     break
-                self._update()
+                self._update(windows)
                 self._keep_up()
             if self._algorithm is not None:
                 self._checkpoint()
@@ -230,80 +188,29 @@ class Loop:
         with engine.gathered():
             require_equal(self._ranks, algorithm, engine.weights(), self.progress.step)
 
-    def _ready(self, stop: Callable[[], bool]) -> bool:
-        """Waits until the next update may be done, with this rank's rows at hand; False when a rank was told to stop."""
-        while True:
-            with self._timed("poll"):
-                self._poll()
-            needs, step = self._trained()[0].needs, self.progress.step
-            limited = self._phase == len(self._phases) - 1  # the start trains on what is there
-            held = limited and self._pace.rate_holds(self._known.num_steps, needs, step)
-            self._draw(None if held else needs)
-            known = self._exchange(stop())
-            if known.stop:
-                return False
-            if not held and known.with_batch:
-                self._borrow(known, needs)
-                self._pace.goes_on(needs, counted=limited)
-                self.progress.waiting, self.progress.pace = "", self._pace.line
-                return True
-            if not held and self._lack is not None:
-                self._pace.data_is_missing(self._lack, needs, known.release, step)
-            self._wait()
+    def _next(self, stop: Callable[[], bool]) -> Windows | None:
+        """This rank's rows of the next batch; None when a rank was told to stop."""
+        needs, last = self._trained()[0].needs, self._phase == len(self._phases) - 1
+        # The start trains on what is there, at no rate.
+        windows = self._supply.next(needs, self.progress.step, limited=last, stop=stop, idle=self._idle)
+        self._look()
+        self.progress.waiting = ""
+        return windows
 
-    def _wait(self) -> None:
-        self.progress.waiting, self.progress.pace = self._pace.waiting, self._pace.line
+    def _idle(self) -> None:
+        """While the next update has to wait."""
+        self._look()
+        self.progress.waiting = self._pace.waiting
         self._note(self._keep.facts())
         self._tell()
-        with self._timed("wait"):
-            time.sleep(WAIT_S)
 
-    def _draw(self, needs: BatchNeeds | None) -> None:
-        """This rank's rows of the next batch, if it is time for one and there is data of the kind that is asked for."""
-        self._windows, self._borrowed = None, False
-        if needs is None:
-            return
-        try:
-            with self._timed("sample"):
-                self._feed.wait()
-                windows = self._source.batch(needs, self.progress.step, self._known.release or -1)
-            self._windows = windows if len(windows.step_B) else None  # fewer rows than ranks
-        except NoData as error:
-            self._lack = error
+    def _look(self) -> None:
+        known = self._supply.known
+        self.progress.num_steps, self.progress.release, self.progress.pace = known.num_steps, known.release, self._pace.line
 
-    def _exchange(self, stop: bool) -> Known:
-        """Tells the other ranks what this one knows."""
-        facts = Facts(self._counts_KT, stop, self._windows is not None, release=self._keep.release, new_steps=self._num_new)
-        if self._windows is not None:
-            version_B = self._windows.version_B
-            age_B = np.maximum(self.progress.release - version_B[version_B >= 0], 0)
-            if len(age_B):
-                facts.age_sum, facts.age_num, facts.age_max = float(age_B.sum()), len(age_B), float(age_B.max())
-        elif self._algorithm is not None:
-            facts.wants_loan = self._spare is None or self._spare[0] != self._algorithm.needs
-        self._num_new = 0
-        with self._timed("exchange"):
-            known = self._known = exchange(self._ranks, facts)
-        self._pace.inserted(known.new_steps)
-        if len(known.counts_SKT) > 1:
-            self._source.balance(known.counts_SKT)
-        self.progress.num_steps, self.progress.release = known.num_steps, known.release
-        return known
-
-    def _borrow(self, known: Known, needs: BatchNeeds) -> None:
-        """A rank that has nothing to draw takes part with the rows of another one, which count nothing: an empty shard must
-        not hold the others. They are kept for the next time."""
-        if known.wants_loan:
-            lent = self._feed.lend(self._ranks, self._windows, known.with_batch[0])
-            if self._windows is None:
-                self._spare = (needs, dataclasses.replace(lent, shard_weight=0.0))
-        if self._windows is None and self._spare is not None:
-            self._windows, self._borrowed = self._spare[1], True
-
-    def _update(self) -> None:
+    def _update(self, windows: Windows) -> None:
         algorithm, engine = self._trained()
-        step, windows = self.progress.step, self._windows
-        assert windows is not None
+        step = self.progress.step
         self._seed_torch(step)
         with self._timed("prepare"), torch.no_grad():
             batch = algorithm.prepare(self._feed.batch(windows))
@@ -317,15 +224,14 @@ class Loop:
             prefix = "" if len(algorithm.parts) == 1 else f"{part}."
             stats.update({prefix + name: value for name, value in numbers.items()})
         self._feed_back(algorithm, engine, windows)
-        stats.update(self._known.staleness())
+        stats.update(self._supply.known.staleness())
         with self._timed("after_step"), engine.gathered():
             algorithm.after_step(step, stats)
         self.progress.step, self.progress.stats = step + 1, stats
 
     def _feed_back(self, algorithm: Algorithm, engine: Engine, windows: Windows) -> None:
         """Gives the source the losses of the first part's samples, where what is drawn next depends on them."""
-        needs = algorithm.needs
-        if needs.priority is None and needs.adaptive is None:
+        if algorithm.needs.priority is None and algorithm.needs.adaptive is None:
             return
         part = next(iter(algorithm.parts))
         with self._timed("feed_back"):
@@ -335,10 +241,7 @@ class Loop:
                     f"part {part!r} of {algorithm.name} has losses of shape {loss_B.shape} for {len(windows.step_B)} windows",
                     rule="per_sample_B has one loss a window, in their order, where sampling depends on losses",
                 )
-            if self._borrowed:  # steps of another shard
-                windows, loss_B = no_rows(windows), loss_B[:0]
-            table = loss_table(windows, loss_B, self._num_tasks)
-            self._source.feed_back(windows, loss_B, self._ranks.gather(table).sum(0))
+            self._supply.feed_back(windows, loss_B)
 
     def _seed_torch(self, step: int) -> None:
         """What draws from torch's own generators (dropout, say) is a function of (seed, step, rank) too."""
@@ -363,32 +266,22 @@ class Loop:
         if self._keep.is_saved(self.progress.step):
             return
         with self._timed("checkpoint"):
-            samplers = sampler_states(self._ranks, self._source)
-            self._poll(force=True)  # what is behind these states is counted as inserted
-            self._windows = None
-            self._exchange(stop=False)
+            samplers = self._supply.states()
             algorithm, engine = self._trained()
             meta = {
                 **self._settings.meta,
                 "phase": self._phase,
                 "algorithm": algorithm.name,
-                "num_steps": self.progress.num_steps,
+                "num_steps": self._supply.known.num_steps,
                 "rate": self._pace.counts(),
                 "ranks": self._ranks.size,
             }
             self._keep.checkpoint(algorithm, engine, self.progress.step, meta, samplers)
 
-    def _poll(self, force: bool = False) -> None:
-        now = time.monotonic()
-        if force or now - self._polled >= POLL_S:
-            self._polled = now
-            self._num_new += self._source.poll()
-            self._counts_KT = self._source.counts()
-
     def _note(self, facts: list[Fact]) -> None:
         for kind, fields in facts:
             self._write(kind, **fields)
-        if self._ranks.size == 1:
+        if self._ranks.first:
             self.progress.release = self._keep.release
 
     def _tell(self, force: bool = False) -> None:
@@ -409,5 +302,5 @@ class Loop:
                 )
             self._window_start, self._window_step = now, progress.step
         progress.num_replaced = self._keep.num_replaced
-        progress.by_source = dict(zip(SOURCE_NAMES, self._known.counts_SKT.sum((0, 2)).tolist(), strict=True))
+        progress.by_source = dict(zip(SOURCE_NAMES, self._supply.known.counts_SKT.sum((0, 2)).tolist(), strict=True))
         self._report(dataclasses.replace(progress, stats=dict(progress.stats), seconds=dict(self._budget.seconds)))

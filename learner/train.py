@@ -30,13 +30,14 @@ from learner.engines import make_engine
 from learner.feed import allocator
 from learner.instruments import Report, instruments, with_feed
 from learner.keep import Keep
-from learner.loop import POLL_S, BatchSource, Loop, LoopSettings, Phase
+from learner.loop import Loop, LoopSettings, Phase
 from learner.main import LearnerConfig, algorithm_class
 from learner.pace import Pace
 from learner.progress import Progress
 from learner.publisher import Publisher
 from learner.ranks import RankPlace, Ranks
 from learner.skipped import Skipped
+from learner.supply import POLL_S, BatchSource
 
 LOCK_WAIT_S = 3.0
 ONE_RANK = RankPlace()
@@ -64,14 +65,11 @@ def train(
             or another rank failed: then its error, with the rank before it.
         FleetError: The data, the policy or the disk cannot be used.
     """
-    device = choose_device(tables["learner"].device)
-    with _together(place, device) as ranks:
-        return _train(run, tables, stop, report, ranks, device)
+    with _together(place, tables["learner"].device) as ranks:
+        return _train(run, tables, stop, report, ranks)
 
 
-def _train(
-    run: RunFolder, tables: Mapping[str, Any], stop: Callable[[], bool], report: Report, ranks: Ranks, device: torch.device
-) -> Progress:
+def _train(run: RunFolder, tables: Mapping[str, Any], stop: Callable[[], bool], report: Report, ranks: Ranks) -> Progress:
     config: LearnerConfig = tables["learner"]
     with contextlib.ExitStack() as stack:
         if ranks.first:
@@ -85,7 +83,7 @@ def _train(
         cache = ImageCache(config.image_cache_mb << 20)
         sampler = Sampler(run.buffer, list(tasks), config.seed, journal, cache=cache, split=ranks.place.split())
         stack.callback(sampler.close)
-        arrays = allocator(device)
+        arrays = allocator(choose_device(config.device))
         feed = Prefetcher(sampler, depth=config.prefetch_depth, workers=config.prefetch_workers, allocate=arrays)
         stack.callback(feed.close)
         report = with_feed(report, sampler, feed, cache, Skipped(sampler, run.path / "tasks.json", journal.write))
@@ -198,9 +196,9 @@ def choose_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def _together(place: RankPlace, device: torch.device) -> Iterator[Ranks]:
+def _together(place: RankPlace, device: str) -> Iterator[Ranks]:
     """The ranks, each of which hears why another one failed."""
-    ranks = Ranks(place, device.type)
+    ranks = Ranks(place, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     try:
         yield ranks
     except BaseException as error:

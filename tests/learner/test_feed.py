@@ -85,7 +85,7 @@ def test_no_thread_is_left_when_training_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(Sampler, "gather", broken)
     with pytest.raises(LearnerError, match=r"batch of step 7 failed.*the disk is gone") as caught:
         train(run, make_tables(), stop=lambda: False, report=lambda progress: None)
-    assert isinstance(caught.value.__cause__, OSError) and max(calls) > 7
+    assert isinstance(caught.value.__cause__, OSError) and max(calls) >= 7
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("buffer-")]
 
 

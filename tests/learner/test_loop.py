@@ -138,11 +138,11 @@ def test_robots_that_are_ahead_are_said_and_not_held(tmp_path):
     loop = make_toy_loop(run, tables, source)
     update = loop._update
 
-    def updating():
+    def updating(windows):
         if loop.progress.step == 13:
             source.add(30)
-            loop._poll(force=True)
-        update()
+            loop._supply.poll(force=True)
+        update(windows)
 
     loop._update = updating
     waited_for = run_until_it_waits(loop)
@@ -171,7 +171,7 @@ def test_the_ratio_is_counted_from_the_online_part_and_goes_on_after_a_restart(t
 def test_the_learner_waits_for_data_of_the_kind_it_needs(tmp_path):
     run = make_run(tmp_path / "run")
     loop = make_toy_loop(run, make_tables(steps=5, start_steps=1), MemorySource(100))
-    source = loop._source = MemorySource(0)
+    source = loop._supply._source = MemorySource(0)
     stop = threading.Event()
     thread = threading.Thread(target=loop.run, args=(stop.is_set,))
     thread.start()

@@ -192,7 +192,7 @@ def split(safetensors: bytes | memoryview) -> tuple[dict[str, dict[str, Any]], l
         size = end - begin
         header[name] = {**source[name], "data_offsets": [offset, offset + size]}
         offset += size
-        if pack and (not small[name] or packed + size > MAX_CHUNK_BYTES):
+        if packed and (not small[name] or packed + size > MAX_CHUNK_BYTES):
             pieces.append(b"".join(pack))
             pack, packed = [], 0
         if small[name]:

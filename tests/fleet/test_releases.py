@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
@@ -95,6 +95,7 @@ def test_large_tensors_have_their_own_bounded_chunks():
         st.tuples(st.sampled_from(["f8", "f4", "f2", "i8", "u1", "?"]), st.lists(st.integers(0, 40), max_size=3)), max_size=8
     )
 )
+@example([("f8", [0]), ("f8", [40, 40, 40])])  # an empty tensor in front of a large one
 def test_any_layout_survives_the_cut(shapes):
     rng = np.random.default_rng(0)
     tensors = {f"t{i}": np.asarray(rng.random(shape) * 100).astype(dtype) for i, (dtype, shape) in enumerate(shapes)}

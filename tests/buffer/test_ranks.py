@@ -170,8 +170,13 @@ def test_shards_draw_differently_and_ranks_of_one_alike(sampler_of):
     shards = (0, 0, 1)
     rows = [sampler_of(shards, rank).draw(NEEDS, 5).facts["index_B"].tolist() for rank in range(3)]
     assert np.concatenate(rows).tolist() == list(range(41))
-    twins = [sampler_of((0, 1), rank).draw(dataclasses.replace(NEEDS, batch_size=40), 5).facts["step_B"] for rank in range(2)]
-    assert len(twins[0]) == len(twins[1]) == 20 and not np.array_equal(*twins)
+    needs = dataclasses.replace(NEEDS, batch_size=40)
+    one_each = [sampler_of((0, 1), rank).batch(needs, 5) for rank in range(2)]
+    assert not np.array_equal(one_each[0].step_B, one_each[1].step_B)
+    two_each = [sampler_of((0, 0, 1, 1), rank).batch(needs, 5) for rank in range(4)]
+    for shard, whole in enumerate(one_each):
+        assert len(whole.step_B) == 20
+        assert_put_together([vars(part) for part in two_each[2 * shard : 2 * shard + 2]], vars(whole))
 
 
 def test_a_prefetcher_counts_and_balances(sampler_of):

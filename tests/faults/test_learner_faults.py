@@ -141,12 +141,20 @@ def test_a_second_learner_is_refused_until_the_first_is_dead(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def ray_cluster():
+def ray_cluster(tmp_path_factory):
     from learner.cluster import start_ray, stop_ray
 
-    start_ray(num_cpus=2)
+    start_ray(token=tmp_path_factory.mktemp("keys") / "ray.token", num_cpus=2)
     yield
     stop_ray()
+
+
+def learner_of(run, tables, **options):
+    from learner.cluster import LearnerHandle, nodes
+    from learner.placement import plan
+
+    here = nodes()[0]
+    return LearnerHandle(tables, lambda: plan(nodes(), tables["cluster"], "cpu"), {here.name: run.path}, **options)
 
 
 def wait_for(handle, condition, seconds=60):
@@ -167,11 +175,9 @@ def fill(run):
 
 @pytest.mark.timeout(180)
 def test_a_killed_learner_comes_back_from_its_checkpoint(tmp_path, ray_cluster):
-    from learner.cluster import LearnerHandle
-
     run = make_run(tmp_path / "run")
     fill(run)
-    handle = LearnerHandle(run, make_tables(steps=10**6, checkpoint_every=20, publish_every=50))
+    handle = learner_of(run, make_tables(steps=10**6, checkpoint_every=20, publish_every=50))
     try:
         first = wait_for(handle, lambda s: s.progress.get("step", 0) > 100)
         victim = first.pid
@@ -194,7 +200,7 @@ def test_a_killed_learner_comes_back_from_its_checkpoint(tmp_path, ray_cluster):
 
 @pytest.mark.timeout(180)
 def test_a_learner_that_cannot_run_stops_with_its_error(tmp_path, ray_cluster):
-    from learner.cluster import LearnerHandle, RestartRule
+    from learner.cluster import RestartRule
 
     run = make_run(tmp_path / "run")
     fill(run)
@@ -203,13 +209,14 @@ def test_a_learner_that_cannot_run_stops_with_its_error(tmp_path, ray_cluster):
     train_toy(run, tables, MemorySource(100))
     for step in Checkpoints(run.checkpoints).steps():
         (run.checkpoints / f"{step:010d}" / "meta.json").write_text("{}")
-    handle = LearnerHandle(run, tables, rule=RestartRule(max_failures=2, first_s=0.1))
+    handle = learner_of(run, tables, rule=RestartRule(max_failures=2, first_s=0.1))
     with pytest.raises(LearnerError, match=r"failed 2 times within 60 s.*damaged"):
         wait_for(handle, lambda s: s.done)
     assert handle.status.done and handle.status.restarts == 1
     tables["algorithm"].name = "no_such"
-    handle = LearnerHandle(make_run(tmp_path / "other"), tables)
-    fill(handle._run)
+    other = make_run(tmp_path / "other")
+    fill(other)
+    handle = learner_of(other, tables)
     from fleet.errors import ConfigError
 
     with pytest.raises(ConfigError, match="no_such"):
@@ -217,7 +224,7 @@ def test_a_learner_that_cannot_run_stops_with_its_error(tmp_path, ray_cluster):
 
 
 def test_the_restart_rule_doubles_its_pause_and_ends_a_crash_loop():
-    from learner.cluster import RestartRule
+    from learner.restarts import RestartRule
 
     rule = RestartRule(max_failures=5, window_s=60, first_s=0.5, longest_s=3)
     assert [rule.failed(t) for t in (0, 1, 2, 3, 4)] == [0.5, 1, 2, 3, None]

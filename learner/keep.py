@@ -12,9 +12,10 @@ from algorithms.base import Algorithm
 from learner.agree import require_equal
 from learner.background import Background, Fact
 from learner.budget import Budget
-from learner.checkpoint import Checkpoint, Checkpoints, freeze
+from learner.checkpoint import Checkpoint, Checkpoints
+from learner.copies import Copies
 from learner.engine import Engine
-from learner.publisher import Publisher, describe, snapshot
+from learner.publisher import Publisher, describe
 from learner.ranks import Ranks
 
 
@@ -25,12 +26,11 @@ class Keep:
         publisher, checkpoints: None on all ranks but the first.
     """
 
-    def __init__(
-        self, ranks: Ranks, publisher: Publisher | None, checkpoints: Checkpoints | None, budget: Budget, saved: int = 0
-    ) -> None:
+    def __init__(self, ranks: Ranks, publisher: Publisher | None, checkpoints: Checkpoints | None, budget: Budget) -> None:
         self._ranks, self._publisher, self._checkpoints, self._budget = ranks, publisher, checkpoints, budget
         self._background: Background | None = None
-        self._saved = saved
+        self._weights, self._states = Copies(), Copies()
+        self._saved = 0
 
     @property
     def release(self) -> int:
@@ -72,10 +72,10 @@ class Keep:
             if publisher is None or not publisher.wants(step):
                 return
             acting = algorithm.acting()
-            weights, policy, name = snapshot(acting), describe(acting), algorithm.name
+            copy, policy, name = self._weights.take(acting.state_dict()), describe(acting), algorithm.name
 
         def job() -> Fact:
-            manifest = publisher.publish(weights, policy, name, step, stats)
+            manifest = publisher.publish(copy.state, policy, name, step, stats)
             return "published", {"version": manifest.version, "step": step}
 
         self._submit("publish", job)
@@ -98,13 +98,13 @@ class Keep:
             checkpoints, publisher = self._checkpoints, self._publisher
             if checkpoints is None or publisher is None:
                 return
-            state = freeze(
+            copy = self._states.take(
                 {"parts": weights, "algorithm": algorithm.state_dict(), "optimizers": optimizers, "samplers": samplers}
             )
 
         def job() -> Fact:
             # The release that was submitted before is out now: its number must be in here.
-            checkpoints.save(Checkpoint(step, {**meta, "release": publisher.version}, state))
+            checkpoints.save(Checkpoint(step, {**meta, "release": publisher.version}, copy.state))
             return "checkpoint", {"step": step}
 
         self._submit("checkpoint", job)

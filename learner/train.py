@@ -115,7 +115,7 @@ def make_loop(
     """
     config: LearnerConfig = tables["learner"]
     ranks, device = ranks or Ranks(ONE_RANK), choose_device(config.device)
-    checkpoints = Checkpoints(run.checkpoints, keep=config.keep_checkpoints)
+    checkpoints = Checkpoints(run.checkpoints, keep=config.keep_checkpoints, keep_every_h=config.keep_checkpoint_every_h)
     checkpoint = newest_checkpoint(ranks, checkpoints)
     torch.manual_seed(config.seed)
     policy, described = make_policy(

@@ -23,11 +23,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fleet.errors import LearnerError
 from fleet.files import Files, storage_errors
-from learner.copies import Copies
 from learner.tensor_file import (
     MAX_HEADER_BYTES,
     PIECE_BYTES,
@@ -41,7 +38,7 @@ from learner.tensor_file import (
     unpack,
 )
 
-__all__ = ["Checkpoint", "Checkpoints", "freeze", "pack", "to_arrays", "unpack"]
+__all__ = ["Checkpoint", "Checkpoints", "pack", "to_arrays", "unpack"]
 
 log = logging.getLogger("fleet.learner")
 FORMAT = 1
@@ -219,11 +216,6 @@ class Checkpoints:
             for file in list(path.iterdir()):
                 self._files.unlink(file)
             self._files.rmdir(path)
-
-
-def freeze(state: Any) -> Any:
-    """A copy of a nested state whose tensors lie on the CPU and do not change any more. Arrays become tensors."""
-    return Copies(torch.device("cpu")).take(state).state
 
 
 def _read(path: Path) -> bytes:

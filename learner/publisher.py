@@ -7,8 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fleet.releases import Manifest
 from fleet.server.releases import ReleaseStore
@@ -49,12 +48,6 @@ class Publisher:
         if self._keep:
             self._store.prune(self._keep)
         return manifest
-
-
-@torch.no_grad()
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of parameters and buffers on the CPU, which later updates do not touch."""
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in module.state_dict().items()}
 
 
 def describe(policy: Any) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from algorithms.base import Algorithm
 from learner.agree import require_equal
 from learner.background import Background, Fact
@@ -26,10 +28,17 @@ class Keep:
         publisher, checkpoints: None on all ranks but the first.
     """
 
-    def __init__(self, ranks: Ranks, publisher: Publisher | None, checkpoints: Checkpoints | None, budget: Budget) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        publisher: Publisher | None,
+        checkpoints: Checkpoints | None,
+        device: torch.device,
+        budget: Budget,
+    ) -> None:
         self._ranks, self._publisher, self._checkpoints, self._budget = ranks, publisher, checkpoints, budget
         self._background: Background | None = None
-        self._weights, self._states = Copies(), Copies()
+        self._weights, self._states = Copies(device), Copies(device)
         self._saved = 0
 
     @property

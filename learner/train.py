@@ -129,7 +129,7 @@ def make_loop(
             store.never_reuse(int(checkpoint.meta["release"]))
         publisher = Publisher(store, keep=config.keep_releases)
     budget = Budget(device, run.logs / f"trace-{ranks.rank}.json", config.trace_steps, rank=ranks.rank)
-    keep = Keep(ranks, publisher, checkpoints if ranks.first else None, budget)
+    keep = Keep(ranks, publisher, checkpoints if ranks.first else None, device, budget)
     write = journal.write if ranks.first else _nothing
     loop = Loop(
         feed or source,

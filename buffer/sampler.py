@@ -13,50 +13,32 @@ read: at once or in bits, from sidecars or from the fragments, in whichever proc
 that saw it happen has the same steps in another order than one that began later.) An episode that still goes on is
 sampled as it is: a window at its newest steps is shorter until the rest arrives.
 
-Checksums of payloads are verified where a segment itself is read, and when its sidecar is made; what a sidecar knows is
-not read again at a start.
-
 Shape suffixes: B batch, H actions in a window, S shards, K sources, T tasks.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
-import itertools
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from buffer import groups, sidecar
-from buffer.arena import Arena, Residency, allow_many_files
+from buffer import groups
 from buffer.draw import Accept, draw_part
-from buffer.feedback import Feedback, Span
 from buffer.filters import both, passing
+from buffer.follower import Follower
 from buffer.gather import Allocate, Draw, ImageCache, gather
-from buffer.index import StepIndex
-from buffer.ingest import latencies_ms
-from buffer.labels import AFTERWARDS, LabelReader
-from buffer.log import load_spec
-from buffer.parts import IndexPart, PartBuilder
 from buffer.portion import Portion
-from buffer.reader import LogReader, LogRecord, SegmentMap
-from buffer.renumber import renumber
 from buffer.team import Team
 from buffer.undecodable import ENOUGH, Undecodable, put_first
-from buffer.windows import WindowMaker
 from fleet.batch import WHOLE, BatchNeeds, Split, Windows
-from fleet.errors import FleetError, SpecError
 from fleet.journal import Journal
 from fleet.robot import Source
 from fleet.spec import RobotSpec
 
 MAPPED_BYTES = 2 << 30  # a log of this size is read at the speed of memory
-ROWS_A_STEP, ROWS_MIN = 4, 1 << 16  # the index may hold so many rows for each step that is there, and always so many
 
 
 class Sampler:
@@ -91,27 +73,17 @@ class Sampler:
         threads: int = 2,
         split: Split = WHOLE,
     ) -> None:
-        allow_many_files()
-        self._folder, self._seed, self._journal, self._cache = folder, seed, journal, cache
-        self._portion = Portion(split, seed, len(task_names))
-        self._reader = LogReader(folder, replacements=True)
-        self.skipped_fragments: collections.Counter[str] = collections.Counter()
-        self.skipped_tasks: collections.Counter[str] = collections.Counter()
-        self._labels = LabelReader(folder, self.skipped_fragments)
-        self.index = StepIndex(task_names)
-        self._maker, self._feedback = WindowMaker(self.index), Feedback(self.index)
-        self._residency, self._team = Residency(mapped_bytes), Team(threads)
-        self._arenas: tuple[Arena, ...] = ()
-        self._segments: dict[int, _Taken] = {}
-        self._replaced: set[int] = set()
-        self._num_damaged = self._num_new = 0
-        self._caught_up = False  # once, with all that there was
+        self._seed, self._cache = seed, cache
+        self._log = Follower(folder, task_names, journal, mapped_bytes)
+        self.index, self._maker, self._feedback = self._log.index, self._log.maker, self._log.feedback
+        self.skipped_fragments, self.skipped_tasks = self._log.skipped_fragments, self._log.skipped_tasks
+        self._portion, self._team = Portion(split, seed, len(task_names)), Team(threads)
         self.undecodable = Undecodable(self.index.episodes.keys, journal)
 
     @property
     def position(self) -> int:
         """Fragments read, of the log and of its labels: the position on which a draw depends."""
-        return self._reader.num_records + self._labels.num_records
+        return self._log.position
 
     @property
     def specs(self) -> list[RobotSpec]:
@@ -126,7 +98,7 @@ class Sampler:
     @property
     def damaged(self) -> int:
         """Places in the log that could not be read."""
-        return len(self._reader.damaged) + self._num_damaged
+        return self._log.damaged
 
     def poll(self, limit: int | None = None) -> int:
         """Takes in what was committed since the last call, and the labels.
@@ -137,26 +109,7 @@ class Sampler:
         Returns:
             The number of new steps of the tasks that are asked for; what retention wrote anew is not new.
         """
-        before = self._num_new
-        while limit is None and (name := self._reader.next_sealed()) is not None:
-            self._drop(self._reader.take_retired())
-            segment, length = self._reader.opened(name)
-            if segment is None:
-                self._reader.pass_over(name, 0)
-                continue
-            stored = sidecar.load(name, length)
-            part = sidecar.make(segment, length) if stored is None else stored
-            self._take_part(part, segment, say=self._caught_up)
-            self._num_damaged += part.num_damaged
-            if stored is None:
-                self._residency.touched(length, self._arenas)
-            self._reader.pass_over(name, part.num_records)
-        records = self._reader.poll(limit)
-        self._drop(self._reader.take_retired())
-        self._take_records(records, say=True)
-        self._take_labels()
-        self._caught_up = self._caught_up or limit is None
-        return self._num_new - before
+        return self._log.poll(limit)
 
     def num_steps(self, source: Source | None = None) -> int:
         """Steps that can be drawn, of one source or of all."""
@@ -200,7 +153,7 @@ class Sampler:
         names = set(needs.filter.tasks or self.index.task_names)
         tasks = {number for number, name in enumerate(self.index.task_names) if name in names}
         pools = {key: pool.view for key, pool in self.index.pools.items() if key[1] in tasks}
-        scores = self._feedback.scores(needs, self._spans)
+        scores = self._feedback.scores(needs, self._log.spans)
         accept = both(passing(self.index, needs.filter, newest_version), None if scores is None else scores.accept)
         cached = None if self._cache is None else self._cached(needs, self._cache)
         online_share, fill = self._feedback.online_share(needs), self._portion.fill(tasks)
@@ -211,7 +164,7 @@ class Sampler:
 
         def first(num_rows: int) -> Draw:
             at = row_B[:num_rows] - row_B.min(initial=needs.batch_size)
-            draw = self._maker.make(steps_B[at], needs, step, self.position, self._arenas)
+            draw = self._maker.make(steps_B[at], needs, step, self.position, self._log.arenas)
             draw.facts.update(weight_B=weight_B[at], index_B=row_B[:num_rows], shard_weight=shard_weight)
             return draw
 
@@ -238,11 +191,7 @@ class Sampler:
         Any rank that reads the same shard can take it, also where there is another number of ranks then. Scores are this
         rank's own: those that the others gave to their rows are not in it.
         """
-        newest = max(self._segments, default=0)
-        read = {"segment": newest, "file": "", "num_steps": 0}
-        if newest:
-            read |= {"file": self._segments[newest].file, "num_steps": self._segments[newest].num_steps}
-        return {**self._feedback.state(self._spans()), "read": read}
+        return {**self._feedback.state(self._log.spans()), "read": self._log.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> int:
         """Takes what ``state`` returned, also in another process; before the first ``draw``, after a ``poll``.
@@ -252,11 +201,7 @@ class Sampler:
             Of another shard's state all steps are new, and scores are nobody's.
         """
         self._feedback.load_state(state)
-        read, newest = state["read"], self._segments.get(state["read"]["segment"])
-        if newest is not None and newest.file != read["file"]:
-            return self._num_steps_of(0)
-        more = newest.num_steps - read["num_steps"] if newest is not None else 0
-        return self._num_steps_of(read["segment"] + 1) + max(more, 0)
+        return self._log.steps_since(state["read"])
 
     def groups(self, **options: Any) -> list[np.ndarray]:
         """Groups of episodes for GRPO: ``buffer.groups.groups``."""
@@ -275,9 +220,9 @@ class Sampler:
         Raises:
             StorageError: The disk cannot be read, or more than half of the batch has images that cannot be decoded.
         """
-        windows, bad = gather(draw, out or _new_array, self._cache, self._residency, self._team)
+        windows, bad = gather(draw, out or _new_array, self._cache, self._log.residency, self._team)
         if bad and draw.wider is not None and self.undecodable.too_many(windows, bad):
-            wider, bad = gather(draw.wider, _new_array, self._cache, self._residency, self._team)
+            wider, bad = gather(draw.wider, _new_array, self._cache, self._log.residency, self._team)
             self.undecodable.leave_out(wider, bad)
             put_first(windows, wider)
         elif bad:
@@ -289,103 +234,11 @@ class Sampler:
         steps = [self.index.steps_of(number) for number in episodes]
         every = [s[self.index.frame(s) % stride == 0] for s in steps]
         steps_B = np.concatenate([np.empty(0, np.int64), *every])
-        return self._maker.make(steps_B, needs, -1, self.position, self._arenas)
+        return self._maker.make(steps_B, needs, -1, self.position, self._log.arenas)
 
     def close(self) -> None:
-        self._reader.close()
-        self._labels.close()
+        self._log.close()
         self._team.close()
-
-    def _take_records(self, records: Sequence[LogRecord], *, say: bool) -> None:
-        for _, of_segment in itertools.groupby(records, key=lambda record: record.segment.number):
-            run = list(of_segment)
-            segment = run[0].segment
-            builder = PartBuilder(segment.address, len(segment.bytes))
-            for record in run:
-                builder.add(record)
-            self._take_part(builder.build(), segment, say=say)
-            self._residency.touched(sum(record.payload_length for record in run), self._arenas)
-
-    def _take_part(self, part: IndexPart, segment: SegmentMap, *, say: bool) -> None:
-        for code, count in part.refused.items():
-            self.skipped_fragments[code] += count
-        if not part.num_fragments:
-            return
-        first = self.index.num_fragments
-        taken = self._segments.get(segment.number)
-        if taken is None:
-            self._arenas = (*self._arenas, Arena(segment.bytes, segment.name.path, segment.data))
-            taken = self._segments[segment.number] = _Taken(segment.name.path.name, len(self._arenas) - 1)
-        before = self.index.num_drawable
-        usable = self._usable(part)
-        self.index.take_in(part, taken.arena, usable)
-        taken.add(first, self.index.num_fragments)
-        taken.num_bytes = int((part.fragments["steps_at"] + part.fragments["steps_length"]).max(initial=taken.num_bytes))
-        self._residency.update(sum(taken.num_bytes for taken in self._segments.values()), self._arenas)
-        taken.num_steps += self.index.num_drawable - before
-        if segment.number in self._replaced:  # read before: neither new steps nor new latencies
-            return
-        self._num_new += self.index.num_drawable - before
-        self._count_others(part, usable)
-        if say and self._journal is not None:
-            self._say(self._journal, part, first)
-
-    def _count_others(self, part: IndexPart, usable: np.ndarray) -> None:
-        """Steps of tasks that are not asked for."""
-        for i, task in enumerate(part.tasks):
-            if self.index.task_number(task) < 0:
-                count = int(part.fragments["num_steps"][usable & (part.fragments["task"] == i)].sum())
-                self.skipped_tasks.update({task: count} if count else {})
-
-    def _usable(self, part: IndexPart) -> np.ndarray:
-        """By fragment, whether its spec is there."""
-        known = np.ones(len(part.specs), bool)
-        for i, spec_hash in enumerate(part.specs):
-            if spec_hash not in self._maker.specs:
-                with contextlib.suppress(FleetError):
-                    spec = load_spec(self._folder, spec_hash)
-                    if spec is not None:
-                        self._maker.add_spec(spec_hash, spec)
-                known[i] = spec_hash in self._maker.specs
-        usable: np.ndarray = known[part.fragments["spec"]]
-        if not usable.all():  # a spec is stored before its data: only a damaged file brings us here
-            code = SpecError.code
-            self.skipped_fragments[code] += int((~usable).sum())
-        return usable
-
-    def _say(self, journal: Journal, part: IndexPart, first: int) -> None:
-        now_ns = time.time_ns()
-        ends = np.cumsum(part.fragments["num_steps"]).tolist()
-        for i, (end, count) in enumerate(zip(ends, part.fragments["num_steps"].tolist(), strict=True)):
-            if count and self.index.task[first + i] >= 0 and self.index.num_steps[first + i]:
-                robot, boot = part.boots[part.fragments["boot"][i]]
-                latency = latencies_ms(part.steps["time_ns"][end - count : end], now_ns)
-                journal.write("sampleable", robot=robot, boot=boot, seq=int(part.fragments["seq"][i]), latency_ms=latency)
-
-    def _take_labels(self) -> None:
-        for label in self._labels.poll():
-            self.index.episodes.add_label(label, AFTERWARDS)
-
-    def _drop(self, numbers: Sequence[int]) -> None:
-        """Takes out the steps of segments that retention took away; what it kept of them is read anew."""
-        for number in numbers:
-            self._replaced.add(number)
-            taken = self._segments.pop(number, None)
-            if taken is not None:
-                for first, end in taken.runs:
-                    first_step, num_steps = self.index.span(first, end)
-                    self._feedback.drop(np.arange(first_step, first_step + num_steps))
-                    self.index.drop(first, end)
-                arenas = list(self._arenas)
-                arenas[taken.arena] = Arena(np.empty(0, np.uint8))  # the file is let go of when no draw needs it any more
-                self._arenas = tuple(arenas)
-        if self.index.gaps and self.index.num_rows > max(ROWS_A_STEP * self.index.num_there, ROWS_MIN):
-            self._feedback.grow()
-            moved = renumber(self.index)
-            self._feedback.move(moved.steps)
-            for taken in self._segments.values():
-                taken.runs = [(moved.fragment(first), moved.fragment(end - 1) + 1) for first, end in taken.runs]
-        self._feedback.release()
 
     def _encoded(self, needs: BatchNeeds) -> tuple[str, ...]:
         """The observations that are stored encoded: images."""
@@ -396,30 +249,6 @@ class Sampler:
         names = self._encoded(needs)
         return (lambda steps: cache.cached(steps, names)) if names and needs.cached_share else None
 
-    def _num_steps_of(self, first_segment: int) -> int:
-        return sum(taken.num_steps for number, taken in self._segments.items() if number >= first_segment)
-
-    def _spans(self) -> list[Span]:
-        """Which steps are of which segment."""
-        return [(taken.file, *self.index.span(*run)) for taken in self._segments.values() for run in taken.runs]
-
 
 def _new_array(_: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.empty(shape, dtype)
-
-
-@dataclasses.dataclass
-class _Taken:
-    """A segment that was read: its file, arena and runs of fragments. While one is being written, what retention left of
-    others is read in between, so its fragments need not be one run."""
-
-    file: str
-    arena: int
-    num_bytes: int = 0
-    num_steps: int = 0  # of the tasks that are asked for
-    runs: list[tuple[int, int]] = dataclasses.field(default_factory=list)
-
-    def add(self, first: int, end: int) -> None:
-        if self.runs and self.runs[-1][1] == first:
-            first, _ = self.runs.pop()
-        self.runs.append((first, end))

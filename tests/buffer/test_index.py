@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-import buffer.sampler
+import buffer.follower
 from buffer.index import StepIndex
 from buffer.parts import PartBuilder
 from buffer.reader import LogReader
@@ -81,8 +81,8 @@ def forget_what_is_gone(recorder):
 def renumbered(request, monkeypatch):
     """Whether what retention leaves gets new numbers at once, or not in so small a log."""
     if request.param:
-        monkeypatch.setattr(buffer.sampler, "ROWS_MIN", 0)
-        monkeypatch.setattr(buffer.sampler, "ROWS_A_STEP", 1)
+        monkeypatch.setattr(buffer.follower, "ROWS_MIN", 0)
+        monkeypatch.setattr(buffer.follower, "ROWS_A_STEP", 1)
     return request.param
 
 
@@ -471,10 +471,10 @@ def test_pages_that_small_rows_fault_in_are_counted_and_handed_back(tmp_path):
     tight, loose = sampler_of(tmp_path, mapped_bytes=300_000), sampler_of(tmp_path, mapped_bytes=1_500_000)
     needs, counts = BatchNeeds(64, 1, (STATE,), ALL), []
     for sampler in (tight, loose):
-        for arena in sampler._arenas:
+        for arena in sampler._log.arenas:
             arena.forget()
         sampler.batch(needs, 0)
-        counts.append(sum(int(arena._faulted.sum()) for arena in sampler._arenas))
+        counts.append(sum(int(arena._faulted.sum()) for arena in sampler._log.arenas))
     assert counts[1] >= 8 > counts[0]
 
 

@@ -18,7 +18,7 @@ from tests.buffer.sampler_model import IMAGE, STATE, TASKS, Recorder
 P, O, D = int(Source.POLICY), int(Source.OPERATOR), int(Source.DEMO)  # noqa: E741
 GROUPS = {(Source.DEMO,): 0.5, (Source.OPERATOR, Source.POLICY): 0.5}
 NEEDS = BatchNeeds(41, 3, (STATE, IMAGE), GROUPS, offsets=(-1, 0, 2), within=Within.EPISODE, replay=("log_prob_T",))
-SPLITS = [(0, 0), (0, 0, 0), (0,) * 60]  # 60 ranks are more than there are rows
+SPLITS = [(0, 0), (0, 0, 0), (0,) * 45]  # 45 ranks are more than there are rows
 
 
 def record(folder, seed=0):

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-import buffer.sampler
+import buffer.follower
 from buffer.retention import Limits, Upkeep
 from buffer.sampler import Sampler
 from fleet.batch import BatchNeeds, Priority
@@ -108,7 +108,7 @@ def score_of(windows):
 
 
 def test_rows_of_the_index_do_not_grow_behind_a_protected_episode(tmp_path, monkeypatch):
-    monkeypatch.setattr(buffer.sampler, "ROWS_MIN", 60)
+    monkeypatch.setattr(buffer.follower, "ROWS_MIN", 60)
     writer = Writer(tmp_path / "log", segment_bytes=40_000)
     sampler = Sampler(tmp_path / "log", ["reach"], 0)
     rows = []
@@ -166,7 +166,7 @@ def test_letting_go_of_a_segment_looks_at_no_neighbours_but_its_own(tmp_path, mo
     sampler.poll()
     linked, link = [], sampler.index._link
     monkeypatch.setattr(sampler.index, "_link", lambda *fragments: (linked.append(fragments), link(*fragments)))
-    first, end = list(sampler._segments.values())[1].runs[0]
+    first, end = list(sampler._log._segments.values())[1].runs[0]
     gone = set(sampler.index.episode[np.arange(first, end)].tolist())
     sampler.index.drop(first, end)
     assert linked == [(first - 1, end)] and end - first > 5

@@ -30,6 +30,7 @@ from infra.driver_status import one_line, read_status
 from infra.nodes import HEAD, Presence, read_nodes, stop_nodes
 from infra.run_config import load_tables, write_catalogue
 from infra.supervisor import Child, CrashLoop, Supervisor, last_lines, start_of
+from infra.targets import write_targets
 
 log = logging.getLogger("fleet.up")
 START_TIMEOUT_S = 30.0
@@ -116,6 +117,7 @@ class LocalRun:
         self.failure: FleetError | None = None
         self._status: dict[str, Any] = {}
         self._furthest = 0
+        self._measured = ["gateway", "learner", *(["evaluator"] if tables["evaluator"].every else [])]
 
     def _appear(self) -> Presence:
         other = read_nodes(self.run).get(HEAD)
@@ -176,6 +178,7 @@ class LocalRun:
             self._fail(error)
         if self._presence is not None:
             self._presence.show()
+        write_targets(self.run, self._measured)
         driver = self.supervisor.children.get(DRIVER)
         if driver is None:
             return {}

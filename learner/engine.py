@@ -104,7 +104,7 @@ class LossModule(nn.Module):
         """The algorithm's loss of some rows, everything in it times ``factor``; all stats are pairs of a sum and its weight.
         Only ``sum`` carries gradients."""
         kind = micro.actions_BHA.device.type
-        # Without the cache: a weight that was used under no_grad first (a target, say) would get no gradient afterwards.
+        # No cache: in torch before 2.11 a weight that was used under no_grad first (a target, say) gets no gradient then.
         with torch.autocast(kind, torch.bfloat16, enabled=self._autocast, cache_enabled=False):
             out = loss(self._part, micro)
         total = out.sum if factor == 1.0 else out.sum * factor

@@ -1,16 +1,18 @@
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from algorithms.base import noise_of
 from fleet.errors import LearnerError
 from learner.engine import split_micro
 from learner.engine_torch import TorchEngine
 from learner.main import EngineConfig
 from learner.ranks import RankPlace, Ranks
-from tests.batches import make_batch
+from tests.batches import make_batch, take_rows
 from tests.learner.engine_toys import ActorCritic, toy_batch, train_toy_engine
 from tests.learner_toys import ACTION_DIM, STATE_DIM, LinearPolicy, Pair, PairConfig
 
@@ -76,6 +78,28 @@ def test_micro_batches_cover_every_sample_once():
     # A rank with fewer rows than others makes as many passes, some of them of no row; never the last one.
     few = list(split_micro(pair_batch(2), 3))
     assert [rows for _, rows in few] == [0, 1, 1] and all(len(micro.actions_BHA) == 1 for micro, _ in few)
+
+
+def test_noise_of_a_row_is_the_same_however_a_batch_is_split():
+    class Noisy:
+        def noise(self, batch_size, generator):
+            return {"chain": [torch.randn(batch_size, 2, generator=generator)], "steps": 4}
+
+    batch = pair_batch(7)
+    whole = noise_of(Noisy(), batch, 7, seed=1, step=3)
+    for rows in ([0, 1, 2], [6, 4]):  # of two ranks; the second one in an order of its own
+        for micro, _ in split_micro(take_rows(batch, rows), 2):
+            cut = noise_of(Noisy(), micro, 7, seed=1, step=3)
+            assert torch.equal(cut["chain"][0], whole["chain"][0][micro.index_B]) and cut["steps"] == 4
+    assert not torch.equal(noise_of(Noisy(), batch, 7, seed=1, step=4)["chain"][0], whole["chain"][0])
+
+
+def test_the_time_of_an_update_has_three_names():
+    names = []
+    algorithm = make_pair()
+    engine = engine_of(algorithm, micro_batch=5)
+    engine.update("policy", algorithm.loss, pair_batch(10), lambda name: names.append(name) or nullcontext())
+    assert names == ["forward", "backward", "forward", "backward", "optimizer"]
 
 
 def test_the_update_is_that_of_plain_torch():

@@ -5,7 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from algorithms.base import LossOutput, Part
 from fleet.errors import LearnerError
 from learner.engines import make_engine
 from learner.main import EngineConfig
@@ -30,7 +32,14 @@ def everything(ranks, alone):
     found["from_alone"] = train_toy_engine(ranks, 10, start=alone)
     found["half"] = train_toy_engine(ranks, 10)
     found["counted"] = train_toy_engine(ranks, 3, counts=True)
-    for check in (nan_on_one_rank, nothing_has_weight, weights_of_shards, no_gradient_on_one_rank, stats_of_one_rank):
+    for check in (
+        nan_on_one_rank,
+        nothing_has_weight,
+        weights_of_shards,
+        no_gradient_on_one_rank,
+        stats_of_one_rank,
+        shared_trunk,
+    ):
         found[check.__name__] = check(ranks)
     return found
 
@@ -186,3 +195,28 @@ def test_stats_may_come_from_some_ranks_only(ddp):
     numbers = ddp[0]["stats_of_one_rank"]
     assert numbers["rank0"] == 0 and numbers["rank1"] == 1
     assert all(rank["stats_of_one_rank"] == numbers for rank in ddp)
+
+
+def shared_trunk(ranks):
+    """Both parts train the same layer: each with its own optimizer, in its own turn."""
+    algorithm = ActorCritic()
+    first, head = algorithm.policy.first, nn.Linear(8, 1).double()
+    value = nn.Sequential(first, head)
+    algorithm.parts = {"policy": algorithm.parts["policy"], "value": Part(value, algorithm.parts["policy"].make_optimizer)}
+
+    def loss(part, micro):
+        if part == "policy":
+            return algorithm.loss(part, micro)
+        loss_B = (value(micro.obs["observation.state"])[:, 0] - micro.rewards_BH[:, 0]) ** 2
+        return LossOutput(loss_B.sum(), torch.tensor(float(len(loss_B))), loss_B, {})
+
+    engine = make_engine(EngineConfig(), algorithm, CPU, ranks)
+    for step in range(6):
+        engine.update(("policy", "value")[step % 2], loss, take_rows(toy_batch(step), ranks.place.split().rows(7)))
+    return first.weight.detach().clone()
+
+
+def test_parts_may_share_a_layer(ddp):
+    alone = shared_trunk(ALONE)
+    for rank in ddp:
+        torch.testing.assert_close(rank["shared_trunk"], alone, rtol=1e-12, atol=1e-12)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -50,6 +51,7 @@ ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.op
 BUCKET = 50_000_000  # elements that are exchanged at once; DeepSpeed holds a buffer of as many
 SHARED_STATE = ("step", "mu_product")  # optimizer state that is one number for all elements
 LEFT_BY_STAGE_3 = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "_external_params", "_original_parameters")
+WHOLE_BELOW = 100_000  # smaller parameters are whole on every rank in stage 3 too, between updates
 HELD = -1  # stands among the modules that use a parameter, so that DeepSpeed does not take it away
 
 
@@ -188,9 +190,10 @@ class _Total(nn.Module):
     def _require_alike(self, unused: list[str]) -> None:
         before, self.unused = self.unused if self.unused is not None else unused, unused
         differ = before != unused
-        table = self._ranks.gather([differ, zlib.crc32(" ".join(unused).encode())])
-        if (table != table[0]).any() or differ:
-            names = sorted(set(before) ^ set(unused)) or unused or ["what other ranks do not use"]
+        table = self._ranks.gather([differ, zlib.crc32(json.dumps(unused).encode())])
+        if differ or (table != table[0]).any():
+            everybody = [before, *(json.loads(data) for data in self._ranks.gather_bytes(json.dumps(unused).encode()))]
+            names = [name for name in self._trained if 0 < sum(name in one for one in everybody) < len(everybody)]
             raise LearnerError(
                 f"a loss uses {', '.join(names)} in some rows only"[:400],
                 rule="from stage 2 on a loss uses the same parameters on all ranks and in all micro-batches",
@@ -234,10 +237,10 @@ class _ZeroPart:
         self._name, self._module, self._device, self._ranks = name, part.module, device, ranks
         self.trained = trainable(part.module)
         self.sharded = list(part.module.parameters())
-        self._loose = list(part.module.parameters(recurse=False))
         self._shapes = {key: value.shape for key, value in part.module.state_dict().items()}
         self._fixed = {p: p.detach().clone() for p in self.sharded if not p.requires_grad}
         num_trained = sum(p.numel() for p in self.trained.values())
+        self._always: list[nn.Parameter] = []
         self.stage = config.zero_stage if num_trained >= config.shard_above else 0
         if self.stage == 1 and config.dtype == "bfloat16":
             self.stage = 2
@@ -250,13 +253,17 @@ class _ZeroPart:
             model=self._total, optimizer=optimizer, config=_deepspeed_config(config, self.stage, num_trained, device)
         )
         self._optimizer, self._base = self.engine.optimizer, optimizer
+        # The scale is set here; what DeepSpeed does about it is to print a line when a step is not made.
+        self._optimizer._update_scale = lambda has_overflow=False: None
         if self.stage < 3:
             for p, value in self._fixed.items():
                 p.data = value  # they are not trained, so bfloat16 would lose what float32 has
         else:
-            for p in self._loose:
+            own = list(part.module.parameters(recurse=False))  # which the module's methods use at any time
+            for p in own:
                 deepspeed.zero.register_external_parameter(self._total, p)
-            self.hold(self._loose)
+            self._always = own + [p for p in self.sharded if p.ds_persist and all(p is not q for q in own)]  # type: ignore[attr-defined]
+            self.hold(self._always)
         self._hooks = [
             module.register_forward_pre_hook(_meet_weights, with_kwargs=True)
             for module in part.module.modules()
@@ -331,7 +338,7 @@ class _ZeroPart:
                 setattr(self.engine, name, value)
         self._forget_gradients()
         if self.stage == 3:
-            self.hold(self._loose)
+            self.hold(self._always)
         return applied
 
     def _forget_gradients(self) -> None:
@@ -353,8 +360,9 @@ class _ZeroPart:
             p.ds_active_sub_modules.add(HELD)  # type: ignore[attr-defined]
 
     def let_go(self) -> None:
-        """Shards all parameters again but those that the module itself owns: its methods may be called at any time."""
-        rest = [p for p in self.sharded if all(p is not q for q in self._loose)]
+        """Shards all parameters again but those that are always whole."""
+        always = {id(p) for p in self._always}
+        rest = [p for p in self.sharded if id(p) not in always]
         for p in rest:
             p.ds_active_sub_modules.discard(HELD)  # type: ignore[attr-defined]
         if rest:
@@ -428,7 +436,7 @@ class _ZeroPart:
             with deepspeed.zero.GatheredParameters([*self._fixed], modifier_rank=0), torch.no_grad():
                 for p, value in self._fixed.items():
                     p.copy_(value)
-            self.hold(self._loose)
+            self.hold(self._always)
 
     def _flats(self) -> list[tuple[Tensor, list[nn.Parameter]]]:
         """The flat tensors that a sharded optimizer steps, each with the parameters that it holds a share of."""
@@ -513,6 +521,7 @@ def _deepspeed_config(config: EngineConfig, stage: int, num_trained: int, device
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "stage3_prefetch_bucket_size": bucket,
+        "stage3_param_persistence_threshold": WHOLE_BELOW,
         # It replaces torch's own linear function, everywhere and for good, to save memory on a GPU.
         "memory_efficient_linear": device.type == "cuda",
     }

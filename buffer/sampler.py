@@ -246,8 +246,8 @@ class Sampler:
 
     def _cached(self, needs: BatchNeeds, cache: ImageCache) -> Accept | None:
         """Which steps have all their images in the cache; None where none are encoded."""
-        names = self._encoded(needs)
-        return (lambda steps: cache.cached(steps, names)) if names and needs.cached_share else None
+        names = self._encoded(needs) if needs.cached_share and self._maker.specs else ()  # an empty shard has no features
+        return (lambda steps: cache.cached(steps, names)) if names else None
 
 
 def _new_array(_: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

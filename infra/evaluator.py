@@ -93,7 +93,9 @@ def serve(*, run_path: str, stop: Callable[[], bool], report: Report) -> None:
 
     Args:
         run_path: The run's folder on this node.
-        report: Is told the state ("waiting" or "testing"), episodes done, and the newest result.
+        report: Is told ``state`` (starting | waiting | testing), ``pid``, while testing ``testing`` (the version) and
+            ``episodes_done``, and of the newest result ``tested`` (its version), ``rate`` over all tasks, the ends ``low`` and
+            ``high`` of its 95 % interval, and ``seconds``.
 
     Raises:
         ConfigError: The run's robot is no simulator, and the run file names none.
@@ -164,13 +166,13 @@ class _Evaluator:
         tasks = {row.task: [row.rate, row.low, row.high] for row in table.rows}
         self._journal.write("evaluated", version=version, tasks=tasks, seconds=seconds, skipped=skipped)
         total = table.total
-        self._newest = {"version": version, "rate": total.rate, "low": total.low, "high": total.high, "seconds": seconds}
+        self._newest = {"tested": version, "rate": total.rate, "low": total.low, "high": total.high, "seconds": seconds}
 
     def _finished(self) -> bool:
         return bool(read_status(self._run).get("state") == "finished")
 
     def _report(self, state: str, **facts: Any) -> None:
-        self._tell({"state": state, "pid": os.getpid(), "result": self._newest, **facts})
+        self._tell({"state": state, "pid": os.getpid(), **facts, **self._newest})
 
 
 def _open_journal(run: RunFolder, config: EvaluatorConfig) -> Journal:

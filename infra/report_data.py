@@ -6,7 +6,6 @@ import bisect
 import collections
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from fleet.journal import read_journal
 from fleet.runfolder import RunFolder
 from infra.intervals import wilson
+from infra.results import CONTINUAL, read_results
 
 ROLLING = 10  # episodes behind a point of the fleet's own success
 LATENCIES = {
@@ -118,8 +118,7 @@ def _read_lags(facts: Facts, gateway: list[dict[str, Any]]) -> None:
 
 
 def _read_evaluations(run: RunFolder, facts: Facts) -> list[dict[str, Any]]:
-    path = run.report / "evaluations.json"
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    rows = read_results(run)
     for row in rows:
         row["rate"] = row["successes"] / row["episodes"] if row["episodes"] else None
         row["low"], row["high"] = wilson(row["successes"], row["episodes"])
@@ -168,14 +167,18 @@ def latency_table(run: RunFolder) -> dict[str, dict[str, float]]:
 
 
 def before_after(facts: Facts) -> list[dict[str, Any]]:
-    """By task, and in all: the results labelled "start" and "final", each None where it was not tested."""
+    """By task, and in all: the results labelled "start" and "final"; in a run without such, those of the first and the newest
+    release that the evaluator tested. Each None where it was not tested."""
     tasks = sorted({row["task"] for row in facts.evaluations})
+    continual = sorted({row["version"] for row in facts.evaluations if row["label"] == CONTINUAL})
+    instead = {"start": continual[:1], "final": continual[1:][-1:]}
     table = []
     for task in [*tasks, *(["all tasks"] if len(tasks) > 1 else [])]:
         entry: dict[str, Any] = {"task": task}
         for label in ("start", "final"):
-            rows = [r for r in facts.evaluations if r["label"] == label and task in (r["task"], "all tasks")]
-            entry[label] = _pooled(rows)
+            rows = [r for r in facts.evaluations if r["label"] == label]
+            rows = rows or [r for r in facts.evaluations if r["label"] == CONTINUAL and r["version"] in instead[label]]
+            entry[label] = _pooled([r for r in rows if task in (r["task"], "all tasks")])
         table.append(entry)
     return [entry for entry in table if entry["start"] or entry["final"]]
 

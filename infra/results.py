@@ -74,3 +74,10 @@ def success_rate(run: RunFolder, label: str, version: int = 0) -> tuple[float, f
 def newest_tested(run: RunFolder, label: str) -> int | None:
     """The newest release with results of this label; None if there is none."""
     return max((row["version"] for row in read_results(run) if row["label"] == label), default=None)
+
+
+def newest_result(run: RunFolder, label: str) -> dict[str, Any]:
+    """Over all tasks: ``version``, ``rate`` and the ends ``low`` and ``high`` of its 95 % interval; {} before the first."""
+    version = newest_tested(run, label)
+    found = success_rate(run, label, version) if version is not None else None
+    return dict(zip(("version", "rate", "low", "high"), (version, *found), strict=True)) if found else {}

@@ -13,6 +13,7 @@ from rich.table import Table
 from fleet.errors import FleetError
 from fleet.runfolder import RunFolder
 from infra import driver_status
+from infra.results import CONTINUAL, newest_result
 
 OLD_S = 10.0  # what the driver said longer ago no longer holds
 
@@ -25,6 +26,7 @@ def read_status(run: RunFolder) -> dict[str, Any]:
     from infra.nodes import read_nodes
 
     status: dict[str, Any] = {"run": run.run_id, "folder": str(run.path), "release": ReleaseStore(run.releases).newest()}
+    status["evaluation"] = newest_result(run, CONTINUAL)
     status["learner"] = learner = driver_status.read_status(run)
     if learner and (age_s := (time.time_ns() - learner["time_ns"]) / 1e9) > OLD_S:
         learner |= {"was": learner["state"], "state": "not running", "seen_s_ago": round(age_s), "waiting": "", "ranks": []}
@@ -49,6 +51,11 @@ def show_status(run_path: Path, as_json: bool) -> None:
     console.print(f"run [bold]{status['run']}[/] in {status['folder']}, newest release {status['release'] or 'none'}")
     if learner := status["learner"]:
         _show_learner(console, learner)
+    if result := status["evaluation"]:
+        rate, low, high = (100 * result[key] for key in ("rate", "low", "high"))
+        console.print(
+            f"release {result['version']} succeeds on {rate:.0f} % of held-out starts (95 % interval {low:.0f} - {high:.0f} %)"
+        )
     if status["nodes"]:
         table = Table("node", "gateway", "robots", "folder", "")
         for name, node in status["nodes"].items():

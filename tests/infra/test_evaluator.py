@@ -147,8 +147,8 @@ def test_follows_the_releases_and_keeps_results(tmp_path, started):
     assert versions[0] == 1 and versions[-1] == 7 and min(steps[:-1]) >= 2
     assert sorted({row["version"] for row in rows}) == versions
     assert sum(line["skipped"] for line in journal) == sum((step - 1) // 2 for step in steps)
-    assert evaluator.told[-1]["result"]["version"] == 7 and evaluator.told[-1]["pid"] == os.getpid()
-    assert {t["episodes_done"] for t in evaluator.told if t["state"] == "testing"} == set(range(7))
+    assert evaluator.told[-1]["tested"] == 7 and evaluator.told[-1]["pid"] == os.getpid()
+    assert {facts["episodes_done"] for facts in evaluator.told if facts["state"] == "testing"} == set(range(7))
 
     facts = json.loads((run.path / "evaluator.json").read_text())
     text = urllib.request.urlopen(f"http://127.0.0.1:{facts['metrics_port']}/metrics", timeout=5).read().decode()

@@ -11,7 +11,8 @@ import pytest
 from fleet.runfolder import RunFolder
 from infra.intervals import wilson
 from infra.report import latency_table, write_report
-from infra.report_data import autonomous_success, read_facts
+from infra.report_data import autonomous_success, curve, read_facts
+from infra.results import CONTINUAL, add_results
 
 START_NS = 1_700_000_000_000_000_000
 
@@ -180,6 +181,19 @@ def test_the_page_needs_nothing_else(run: RunFolder) -> None:
     assert len(parser.ids) == len(set(parser.ids)) and parser.links
     assert all(link.startswith("#") and link[1:] in parser.ids for link in parser.links)
     assert "99.0 % (99/100)" in page and "95 – 100 %" in page
+
+
+def test_continual_evaluation_is_a_curve_with_intervals(run: RunFolder) -> None:
+    for version, successes in ((1, 4), (5, 11), (9, 18)):
+        add_results(run, version, START_NS + version * 60 * 10**9, CONTINUAL, {"push": (20, successes), "open": (20, 10)})
+    Writer(run.logs / "gateway.jsonl")(0, "member", robot="sim-0", event="joined")
+    numbers = report(run)
+    points = curve(read_facts(run))["push"]
+    assert [(p["version"], p["minutes"], p["rate"]) for p in points] == [(1, 1, 0.2), (5, 5, 0.55), (9, 9, 0.9)]
+    assert all((p["low"], p["high"]) == wilson(p["successes"], 20) for p in points)
+    ends = {entry["task"]: (entry["start"]["rate"], entry["final"]["rate"]) for entry in numbers["before_after"]}
+    assert ends == {"push": (0.2, 0.9), "open": (0.5, 0.5), "all tasks": (0.35, 0.7)}
+    assert "70.0 % (28/40)" in (run.report / "index.html").read_text()
 
 
 def test_says_what_it_does_not_have(run: RunFolder) -> None:

@@ -59,18 +59,6 @@ class Fill:
     all_KT: np.ndarray
 
 
-def draw_windows(
-    pools: Pools,
-    needs: BatchNeeds,
-    accept: Accept | None,
-    online_share: Callable[[int], float] | None,
-    rng: np.random.Generator,
-    cached: Accept | None = None,
-) -> np.ndarray:
-    """First steps of the windows of a batch from one log; see ``draw_part``."""
-    return draw_part(pools, needs, accept, online_share, rng, cached, needs.batch_size, None)[0]
-
-
 def draw_part(
     pools: Pools,
     needs: BatchNeeds,

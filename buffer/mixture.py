@@ -38,7 +38,8 @@ def share_of(online_loss: float, offline_loss: float, adaptive: Adaptive) -> flo
 
 
 def loss_table(windows: Windows, loss_B: np.ndarray, num_tasks: int) -> np.ndarray:
-    """Losses of windows by task and source: (num_tasks, sources, 2) float64, their sum and how many they are.
+    """Losses of windows by task and source: (num_tasks, sources, 2) float64, their sum and how many they are, both times
+    the shard's weight: so means are those of the steps of all shards, however unevenly these are filled.
 
     Raises:
         LearnerError: A loss is not finite.
@@ -48,8 +49,8 @@ def loss_table(windows: Windows, loss_B: np.ndarray, num_tasks: int) -> np.ndarr
         wrong = int(np.flatnonzero(~np.isfinite(loss_B))[0])
         raise LearnerError(f"the loss of sample {windows.index_B[wrong]} of a batch is not finite", rule="losses are finite")
     cell_B = windows.task_B * len(Source) + windows.source_B
-    columns = [np.bincount(cell_B, weights, num_tasks * len(Source)) for weights in (loss_B, None)]
-    return np.stack(columns, 1).reshape(num_tasks, len(Source), 2)
+    columns = [np.bincount(cell_B, each_B, num_tasks * len(Source)) for each_B in (loss_B, np.ones(len(loss_B)))]
+    return np.stack(columns, 1).reshape(num_tasks, len(Source), 2) * windows.shard_weight
 
 
 class OnlineShare:

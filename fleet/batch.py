@@ -230,12 +230,12 @@ class Windows:
     for none. step_B, episode_B: the sampler's own numbers, for feedback and grouping. frame_B: frame_index of t.
     steps_to_go_B: steps from t to the episode's end, t included; -1 while it is open. outcome_B: Outcome.
     return_B: discounted sum of the rewards from t to the episode's end, NaN while it is open.
-    weight_B: importance weights of a prioritised draw, at most 1; else ones.
+    weight_B: importance weights of a prioritised draw, at most 1; else ones. The largest of a shard's part of the batch is 1.
     replay: column name -> (B, ...), or (B, longest) padded with zeros for columns of lists.
     index_B: row in the batch of all ranks, int64; 0 to B - 1 where there is one rank. Randomness that belongs to a sample
     is a function of (seed, step, index).
     shard_weight: factor of this rank's loss and weight, so that several unevenly filled shards together give each source
-    and task its share; 1.0 where there is one shard.
+    and task its share; 1.0 where there is one shard. Of several, ``weight_B`` times it sums up to the batch size.
     """
 
     obs: dict[str, np.ndarray]

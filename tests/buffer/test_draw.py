@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer.draw import draw_windows, split_by_share
+from buffer.draw import draw_part, split_by_share
 from fleet.batch import Adaptive, BatchNeeds, Filter
 from fleet.errors import NoData
 from fleet.robot import Source
@@ -15,6 +15,13 @@ P, O, S, D = Source.POLICY, Source.OPERATOR, Source.SCRIPT, Source.DEMO  # noqa:
 SIZES = {(D, 0): 7, (D, 1): 40, (O, 0): 21, (O, 1): 3, (P, 1): 12}
 HALVES = {(D,): 0.5, (O,): 0.5}
 ALL = {tuple(Source): 1.0}
+
+
+def draw_windows(pools, needs, accept, online_share, rng, cached=None):
+    """A whole batch of one log."""
+    steps_B, due = draw_part(pools, needs, accept, online_share, rng, cached, needs.batch_size, None)
+    assert due == 1.0
+    return steps_B
 
 
 def make_pools(sizes=SIZES):

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from buffer.draw import draw_windows
+from buffer.draw import draw_part
 from buffer.mixture import OnlineShare, loss_table, share_of
 from fleet.batch import Adaptive, BatchNeeds, Windows
 from fleet.errors import ConfigError, LearnerError
@@ -14,10 +14,11 @@ from tests.buffer.chi_square import assert_drawn_as
 P, O, S, D = Source.POLICY, Source.OPERATOR, Source.SCRIPT, Source.DEMO  # noqa: E741
 
 
-def table_of(task_B, source_B, loss_B):
+def table_of(task_B, source_B, loss_B, shard_weight=1.0):
     """The table of a batch of which nothing else matters."""
     fields = {field.name: None for field in dataclasses.fields(Windows)}
     fields |= {"task_B": np.array(task_B), "source_B": np.array(source_B, np.uint8), "index_B": np.arange(len(task_B))}
+    fields["shard_weight"] = shard_weight
     return loss_table(Windows(**fields), np.array(loss_B), 5)
 
 
@@ -80,6 +81,15 @@ def test_the_scale_of_a_loss_does_not_matter():
     assert fed(OnlineShare(Adaptive(alpha=1.0)), [(-1.0, -3.0)]).share(0) > 0.5  # a density: the lower one is better
 
 
+def test_samples_of_an_emptier_shard_count_for_less():
+    mixture, uneven = OnlineShare(Adaptive(alpha=1.0)), OnlineShare(Adaptive(alpha=1.0))
+    mixture.add(table_of([0] * 5, [O, O, O, O, D], [2.0, 2.0, 2.0, 6.0, 3.0]))
+    many = table_of([0] * 3, [O, O, D], [2.0, 2.0, 3.0], 1.5)
+    few = table_of([0] * 2, [O, O], [6.0, 6.0], 0.5)
+    uneven.add(many + few)
+    assert uneven.share(0) == mixture.share(0) == 0.5
+
+
 def test_only_the_window_counts():
     mixture = fed(OnlineShare(Adaptive(alpha=1.0, window=3)), [(100.0, 1.0)] * 5)
     assert mixture.share(0) == 0.8
@@ -102,7 +112,7 @@ def test_what_is_drawn_follows_the_shares(scale):
     mixture = fed(fed(OnlineShare(Adaptive()), [(0.5, 0.7)]), [(9.0, 1.0)], task=1)
     pools = {(O, 0): np.arange(4), (D, 0): np.arange(4, 10), (P, 1): np.arange(10, 13), (D, 1): np.arange(13, 15)}
     needs = BatchNeeds(10000 * scale, 1, (), {}, adaptive=Adaptive())
-    drawn = draw_windows(pools, needs, None, mixture.share, np.random.default_rng(0))
+    drawn, _ = draw_part(pools, needs, None, mixture.share, np.random.default_rng(0), None, needs.batch_size, None)
     share = mixture.share(0)
     want = [share / 8] * 4 + [(1 - share) / 12] * 6 + [0.8 / 6] * 3 + [0.2 / 4] * 2
     assert_drawn_as(np.bincount(drawn, minlength=15), want)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer.draw import draw_windows
+from buffer.draw import draw_part
 from buffer.priority import Scores
 from fleet.batch import BatchNeeds, Priority
 from fleet.errors import ConfigError, LearnerError
@@ -26,7 +26,7 @@ def test_steps_are_drawn_in_proportion_to_their_score_to_the_alpha(scale):
     values = np.array([0.5, 1, 2, 4, 8, 0, 3])
     scores = scores_of(values, alpha=0.6)
     pools, needs = {(3, 0): np.arange(7)}, BatchNeeds(20000 * scale, 1, (), {(Source.DEMO,): 1.0}, priority=Priority())
-    drawn = draw_windows(pools, needs, scores.accept, None, np.random.default_rng(2))
+    drawn, _ = draw_part(pools, needs, scores.accept, None, np.random.default_rng(2), None, needs.batch_size, None)
     assert_drawn_as(np.bincount(drawn, minlength=7), values**0.6)
 
 

@@ -122,7 +122,7 @@ def test_shares_of_the_whole_are_exact_whatever_each_rank_has_scored_and_cached(
 
 def test_tables_of_ranks_add_up_to_that_of_one_and_move_all_mixtures_alike(sampler_of):
     needs = dataclasses.replace(NEEDS, **RULES["adaptive"], observations=(STATE,))
-    one, ranks = sampler_of(), [sampler_of((0, 0, 0), rank) for rank in range(3)]
+    one, ranks = sampler_of(), [sampler_of((0,) * 43, rank) for rank in range(43)]  # two of them without a row
     moved = []
     for step in range(6):
         whole = one.batch(needs, step)

@@ -9,7 +9,7 @@ import pytest
 
 from buffer.draw import Fill, draw_part
 from buffer.sampler import Sampler
-from fleet.batch import Adaptive, BatchNeeds, Priority, Split
+from fleet.batch import Adaptive, BatchNeeds, Filter, Priority, Split
 from fleet.robot import Source
 from tests.buffer.chi_square import Z, assert_drawn_as
 from tests.buffer.runs import feed_back
@@ -26,6 +26,7 @@ RULES = {
     "one is nowhere": {"shares": {(D,): 0.3, (S,): 0.4, (O,): 0.3}},
     "one is in one shard": {"shares": {(P,): 0.6, (D,): 0.4}},
     "steps alike": {"shares": {(D, O): 0.25, (P,): 0.75}, "by_task": False},
+    "one task": {"shares": {(D,): 0.3, (O, P): 0.7}, "filter": Filter(tasks=(TASKS[1],))},
     "adaptive": {"shares": {}, "adaptive": Adaptive(window=2)},
 }
 
@@ -72,6 +73,7 @@ def samplers(folders):
 def model(needs, online_share=None):
     """The chance of each step by (shard, episode, frame), in one log that holds everything: plain loops."""
     kinds = [(shard, episode, *key) for shard, sizes in enumerate(SHARDS) for episode, key in enumerate(sizes)]
+    kinds = [kind for kind in kinds if not needs.filter.tasks or TASKS[kind[3]] in needs.filter.tasks]
     chances = collections.Counter()
 
     def spread(chance, chosen):

@@ -31,9 +31,9 @@ TASK = "benchmark"
 _POOL = 64  # different frames; each step takes the next one
 
 
-def make_spec(codec: str = "raw") -> RobotSpec:
-    """``raw``: 128 x 128. ``jpeg``: 224 x 224."""
-    size = 128 if codec == "raw" else 224
+def make_spec(codec: str = "raw", size: int = 0) -> RobotSpec:
+    """``size`` of the square cameras; 0: 128 for ``raw``, 224 for ``jpeg``."""
+    size = size or (128 if codec == "raw" else 224)
     features = {name: Feature("uint8", (size, size, 3), codec=codec) for name in CAMERAS}
     features["observation.state"] = Feature("float32", (STATE,))
     features["action"] = Feature("float32", (ACTION,))
@@ -54,8 +54,8 @@ def make_frames(size: int, seed: int, smooth: bool = False) -> np.ndarray:
 class Robot:
     """Makes the rows of one robot's fragments, step by step, from arrays as its cameras would hand them over."""
 
-    def __init__(self, robot_id: str, boot_id: str, codec: str = "raw", seed: int = 0) -> None:
-        self.spec, self.robot_id, self.boot_id = make_spec(codec), robot_id, boot_id
+    def __init__(self, robot_id: str, boot_id: str, codec: str = "raw", seed: int = 0, size: int = 0) -> None:
+        self.spec, self.robot_id, self.boot_id = make_spec(codec, size), robot_id, boot_id
         size = self.spec.features[CAMERAS[0]].shape[0]
         self._frames = make_frames(size, seed, smooth=codec != "raw")
         self._vectors = np.random.default_rng(seed).normal(size=(_POOL, STATE)).astype(np.float32)
@@ -95,10 +95,10 @@ class Robot:
         return row
 
 
-def fill_log(folder: Path, num_steps: int, codec: str = "raw", boot_id: str = "0" * 16) -> None:
+def fill_log(folder: Path, num_steps: int, codec: str = "raw", boot_id: str = "0" * 16, size: int = 0) -> None:
     """Writes ``num_steps`` steps of one robot into a log, past the wire, as ingest stores them; and the
     sidecars, as the keeper makes them."""
-    robot, log = Robot("robot-0", boot_id, codec), Log(folder)
+    robot, log = Robot("robot-0", boot_id, codec, size=size), Log(folder)
     ingest = Ingest(log)
     first = ingest.admit(robot.robot_id, boot_id, robot.spec) + 1
     for seq, (_, rows) in enumerate(robot.fragments(num_steps), first):

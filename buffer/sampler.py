@@ -73,7 +73,7 @@ class Sampler:
         threads: int = 2,
         split: Split = WHOLE,
     ) -> None:
-        self._seed, self._cache = seed, cache
+        self._cache = cache
         self._log = Follower(folder, task_names, journal, mapped_bytes)
         self.index, self._maker, self._feedback = self._log.index, self._log.maker, self._log.feedback
         self.skipped_fragments, self.skipped_tasks = self._log.skipped_fragments, self._log.skipped_tasks
@@ -208,8 +208,8 @@ class Sampler:
         return groups.groups(self.index.episodes, **options)
 
     def pairs(self, num: int, step: int, **options: Any) -> np.ndarray:
-        """Pairs of episodes for DPO, (num, 2), a function of (seed, step, position): ``buffer.groups.pairs``."""
-        return groups.pairs(self.index.episodes, np.random.default_rng([self._seed, step]), num, **options)
+        """Pairs of episodes for DPO, (num, 2), a function of (seed, shard, step, position): ``buffer.groups.pairs``."""
+        return groups.pairs(self.index.episodes, self._portion.rng(step), num, **options)
 
     def gather(self, draw: Draw, out: Allocate | None = None) -> Windows:
         """Reads the windows of a draw. From any thread, also while others poll and draw.

@@ -142,7 +142,7 @@ class Ranks:
         """This rank cannot go on. Tells the others why, unless one told its reason before: the first one counts.
 
         Returns:
-            That of another rank, where this error only is its echo or came later.
+            The error of another rank, where this one only is its echo: a connection that was closed, say.
         """
         if self._store is None or self._failed:
             return None
@@ -153,7 +153,7 @@ class Ranks:
             first = json.loads(self._store.compare_set(_FAILED, "", fields))
             if first["rank"] != self.rank:
                 self._store.add(_READ, 1)
-                return _error_of(first)
+                return _error_of(first) if known is not error or isinstance(error, _Lost) else None
             deadline = time.monotonic() + LINGER_S
             while self.first and self._store.add(_READ, 0) < self.size - 1 and time.monotonic() < deadline:
                 time.sleep(LOOK_S / 4)
@@ -177,7 +177,7 @@ class Ranks:
             work.wait()
         except RuntimeError as error:
             self._look()
-            raise LearnerError(
+            raise _Lost(
                 f"rank {self.rank} lost another rank: {_first_line(error)}",
                 rule=f"every rank answers within {self.place.timeout_s:g} s",
                 remedy="look at the logs of the other ranks",
@@ -190,6 +190,10 @@ class Ranks:
                 self._failed = True
                 self._store.add(_READ, 1)
                 raise _error_of(json.loads(self._store.get(_FAILED)))
+
+
+class _Lost(LearnerError):
+    """Another rank ended, or did not answer in time."""
 
 
 def _error_of(fields: dict[str, Any]) -> FleetError:

@@ -15,8 +15,20 @@ from learner.ranks import RankPlace, Ranks
 TIMEOUT_S = 120.0
 
 
+def rendezvous() -> str:
+    """A place on this machine where ranks may meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
 def on_ranks(
-    size: int, function: Callable[..., Any], *arguments: Any, shards: Sequence[int] = (), meet: bool = True
+    size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    shards: Sequence[int] = (),
+    meet: bool = True,
+    lost: Sequence[int] = (),
 ) -> list[Any]:
     """``function(ranks, *arguments)`` in ``size`` processes at once; what each returned, by rank.
 
@@ -24,14 +36,13 @@ def on_ranks(
         function: Of a module, so that another process finds it.
         shards: Shard by rank; default: all read shard 0.
         meet: False: it gets its RankPlace instead, and makes its Ranks itself.
+        lost: Ranks that end without a word; their answer is None.
 
     Raises:
         AssertionError: A rank raised, or did not end in time; its traceback is in the message.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        rendezvous = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    places = [RankPlace(rank, tuple(shards) or (0,) * size, rendezvous, timeout_s=30.0) for rank in range(size)]
+    at = rendezvous()
+    places = [RankPlace(rank, tuple(shards) or (0,) * size, at, timeout_s=30.0) for rank in range(size)]
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for place in places:
@@ -43,6 +54,9 @@ def on_ranks(
     answers = []
     try:
         for rank, pipe in enumerate(pipes):
+            if rank in lost:
+                answers.append(None)
+                continue
             assert pipe.poll(TIMEOUT_S), f"rank {rank} of {size} did not end within {TIMEOUT_S} s"
             error, value = pipe.recv()
             assert not error, f"rank {rank} of {size}:\n{error}"

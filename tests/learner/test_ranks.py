@@ -1,3 +1,6 @@
+import os
+import time
+
 import numpy as np
 import pytest
 
@@ -44,3 +47,28 @@ def test_rows_of_a_batch_are_split_without_gap_or_overlap():
 def test_a_rank_that_meets_nobody_says_so():
     with pytest.raises(LearnerError, match="rank 1 of 2"):
         Ranks(RankPlace(1, (0, 0), "tcp://127.0.0.1:9", timeout_s=1.0))
+
+
+def lose_one(ranks, how):
+    """What rank 0 raises, and after how long, when rank 1 ends in an exchange."""
+    ranks.gather([0])
+    if ranks.rank == 1:
+        if how == "killed":
+            os._exit(9)
+        ranks.fail(ConfigError("no such thing", rule="things exist", remedy="make one"))
+        return None
+    began = time.monotonic()
+    with pytest.raises(LearnerError) as caught:
+        for _ in range(3):
+            ranks.gather([0])
+    return str(caught.value), caught.value.code, time.monotonic() - began
+
+
+def test_who_waits_for_a_rank_that_failed_hears_why():
+    (text, code, seconds), _ = on_ranks(2, lose_one, "failed")
+    assert text == "rank 1: no such thing; rule: things exist; remedy: make one" and code == "config" and seconds < 5
+
+
+def test_a_rank_that_was_killed_is_missed_at_once():
+    (text, code, seconds), _ = on_ranks(2, lose_one, "killed", lost=[1])
+    assert "rank 0 lost another rank" in text and code == "learner" and seconds < 10

@@ -142,6 +142,8 @@ class LocalRun:
             self.supervisor.add(Child("registry", command, self.run.logs / "registry.log", optional=True))
         self.registry = Registry(registry_url(self.run.registry, self.run.config), config.prefix)
         start_gateway(self.run, self.supervisor)
+        if self._presence is not None:
+            self._presence.show()
 
     def start_learner(self, address: str = "", *, hold: bool = False) -> None:
         """Starts the driver, and with it Ray and the learner.

@@ -131,12 +131,28 @@ def test_compiled_modules_train_as_they_are():
     prepare_module(compiled, EngineConfig(compile=True))
     assert call is not None and compiled[0]._compiled_call_impl is call
     assert list(compiled.state_dict()) == list(eager.state_dict())
-    x = torch.randn(7, 4, dtype=torch.float64)
+    x, counted = torch.randn(7, 4, dtype=torch.float64), torch._dynamo.utils.counters["stats"]
+    before = counted["unique_graphs"]
     for module in (eager, compiled):
         module(x).square().sum().backward()
+    assert counted["unique_graphs"] == before + 1
     for first, second in zip(eager.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(first.grad, second.grad, rtol=1e-12, atol=1e-12)
     copy.deepcopy(compiled)(x)  # the moving average of a next phase
+
+
+def test_more_kinds_of_layers_are_compiled_than_torch_would(monkeypatch):
+    """With a backend that takes no time: it counts, and runs the graph as it is."""
+    graphs, compile_ = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda call: compile_(call, backend=lambda graph, _: graphs.append(1) or graph.forward)
+    )
+    module = nn.Sequential(
+        *[nn.Linear(3, 3, bias=False) if i % 2 else nn.Sequential(*[nn.Tanh()] * (i + 5)) for i in range(24)]
+    )
+    prepare_module(module, EngineConfig(compile=True))
+    module(torch.ones(2, 3, requires_grad=True))
+    assert len(graphs) == 12 + 1  # 12 that differ, and 12 alike
 
 
 @pytest.mark.parametrize(

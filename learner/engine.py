@@ -86,6 +86,11 @@ class Engine(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Gives the modules back as they were, with the weights of now. For the end, and before another engine takes one of
+        them; nothing else may be called afterwards."""
+        ...
+
 
 class LossModule(nn.Module):
     """A part's loss as a module: what DDP and DeepSpeed wrap.

@@ -131,3 +131,8 @@ class TorchEngine:
         require_same_parts(state, self._optimizers)
         for name, optimizer in self._optimizers.items():
             load_optimizer(optimizer, self._trained[name], state[name], name)
+
+    def close(self) -> None:
+        """See Engine. What hangs on the parameters (gradients, buckets of gradients, optimizer state) is let go."""
+        self._losses.clear()
+        self._optimizers.clear()

@@ -169,6 +169,8 @@ class Loop:
         build = self._phases[first].build
         if build is not None and (self._algorithm is None or first > self._phase):
             torch.manual_seed(self._settings.seed * 1009 + first)  # new modules begin alike on all ranks, whatever went before
+            if self._engine is not None:
+                self._engine.close()
             self._algorithm, self._engine = build()
             self._require_equal()
         began_at = self._phases[phase - 1].until if phase else 0

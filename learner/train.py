@@ -32,6 +32,7 @@ from learner.instruments import Report, instruments, with_feed
 from learner.keep import Keep
 from learner.loop import Loop, LoopSettings, Phase
 from learner.main import LearnerConfig, algorithm_class
+from learner.memory import memory_errors
 from learner.pace import Pace
 from learner.progress import Progress
 from learner.publisher import Publisher
@@ -121,7 +122,8 @@ def make_loop(
     policy, described = make_policy(
         tables["policy"], checkpoint, all_specs(ranks, specs), instructions_KE.shape[1], source, ranks
     )
-    policy.to(device)
+    with memory_errors(tables["engine"], ranks):
+        policy.to(device)
     publisher = None
     if ranks.first:
         store = ReleaseStore(run.releases, run.keys)
@@ -170,7 +172,8 @@ def make_phases(policy: Any, tables: Mapping[str, Any], device: torch.device, ra
     def builder(where: str) -> Callable[[], tuple[Algorithm, Engine]]:
         def make() -> tuple[Algorithm, Engine]:
             cls = algorithm_class(tables[where], where)
-            algorithm = cls(policy, cls.Config(**tables[where].config))
+            with memory_errors(tables["engine"], ranks):
+                algorithm = cls(policy, cls.Config(**tables[where].config))
             return algorithm, make_engine(tables["engine"], algorithm, device, ranks)
 
         return make

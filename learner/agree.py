@@ -94,12 +94,13 @@ def sampler_states(ranks: Ranks, source: BatchSource) -> dict[str, Any]:
 
 
 def load_sampler(ranks: Ranks, source: BatchSource, states: Mapping[str, Any]) -> tuple[int, list[str]]:
-    """Gives this rank's sampler what its shard's knew. A shard that is not in ``states`` begins with what its log says.
+    """Gives this rank's sampler what its shard's knew. A shard that is not in ``states`` begins with what its log says, and
+    with the mixture that all shards have alike.
 
     Returns:
         How many steps came meanwhile, to all shards; and the shards in ``states`` that nobody reads any more.
     """
-    mine = states.get(str(ranks.place.shards[ranks.rank]))
-    num_new = source.load_state(to_arrays(mine)) if mine is not None else 0
+    mine = str(ranks.place.shards[ranks.rank])
+    num_new = source.load_state(to_arrays(states.get(mine, states["0"])))
     total = ranks.gather([num_new])[ranks.place.leaders].sum()
     return int(total), [shard for shard in states if int(shard) >= ranks.place.num_shards]

@@ -61,6 +61,16 @@ class Pace:
             self.line = f"learner waits for robots: {math.ceil(missing / self._limiter.samples_per_insert):,} more steps"
         return True
 
+    def too_old(self, oldest: int, release: int, needs: BatchNeeds) -> bool:
+        """Whether a batch has steps that are older than the algorithm allows.
+
+        Args:
+            oldest: Releases since its oldest step.
+            release: The newest one; 0 where none is out, then the sampler goes by the newest version in the log.
+        """
+        bound = needs.filter.max_version_age
+        return bound is not None and release > 0 and oldest > bound
+
     def data_is_missing(self, error: NoData, needs: BatchNeeds, release: int, step: int) -> None:
         """No rank has a batch of the kind that is asked for.
 

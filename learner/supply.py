@@ -110,6 +110,8 @@ class Supply:
             known = self.exchange(stop=stop(), needs=needs)
             if known.stop:
                 return None
+            if known.with_batch and self._pace.too_old(known.oldest, known.release, needs):
+                continue  # a release came since they were drawn
             if known.with_batch and not held:
                 self._borrow(needs)
                 self._pace.goes_on(needs, counted=limited)
@@ -126,10 +128,7 @@ class Supply:
         if self._windows is None:
             facts.wants_loan = self._spare is None or self._spare[0] != needs
         else:
-            version_B = self._windows.version_B
-            age_B = np.maximum(self.known.release - version_B[version_B >= 0], 0)
-            if len(age_B):
-                facts.age_sum, facts.age_num, facts.age_max = float(age_B.sum()), len(age_B), float(age_B.max())
+            facts.versions = self._windows.version_B[self._windows.version_B >= 0]
         self._num_new = 0
         with self._timed("exchange"):
             known = self.known = exchange(self._ranks, facts)

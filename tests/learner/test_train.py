@@ -1,7 +1,10 @@
 """The learner on a real log: what robots sent goes in, releases come out."""
 
+import itertools
 import json
 import os
+import random
+import shutil
 import threading
 import time
 import urllib.request
@@ -84,6 +87,47 @@ def test_a_resumed_learner_takes_in_what_came_meanwhile(tmp_path):
     assert seen[-1].stats["loss_operator"] > 0
     resumed = [line for line in read_journal(run.logs / "learner.jsonl") if line["kind"] == "resumed"]
     assert [(line["step"], line["passed_over"]) for line in resumed] == [(20, [])]
+
+
+@pytest.mark.parametrize("engine", [{}, {"micro_batch": 5, "max_grad_norm": 0.1}])
+def test_a_run_that_is_stopped_anywhere_goes_on_to_the_last_bit(tmp_path, scale, engine):
+    """On a log, with an adaptive mixture: the sampler's state, the rate and the optimizer's are as if nothing had been."""
+
+    def tables():
+        made = make_tables(engine=engine, steps=30, checkpoint_every=100, prefetch_depth=0)
+        made["algorithm"].config["mixture"] = "adaptive"
+        return made
+
+    def states(run):
+        kept = Checkpoints(run.checkpoints).load(30)
+        return {**kept.state, "rate": kept.meta["rate"]}
+
+    straight, cut = make_run(tmp_path / "straight"), make_run(tmp_path / "cut")
+    fill(straight)
+    fill(straight, source=Source.OPERATOR, robot="r2")
+    shutil.copytree(straight.buffer, cut.buffer, dirs_exist_ok=True)
+    run_train(straight, tables())
+    steps = sorted(random.Random(len(engine)).sample(range(1, 30), 2 * scale))
+    for step in steps:
+        asked = itertools.count()
+        done = Checkpoints(cut.checkpoints).steps()
+        before = done[-1] if done else 0
+        # Asked once while it waits for data and once an update.
+        progress, _ = run_train(cut, tables(), stop=lambda a=asked, n=step - before: next(a) > n)
+        assert progress.step == step
+    run_train(cut, tables())
+    assert_equal_states(states(cut), states(straight), "")
+
+
+def assert_equal_states(one, other, path):
+    if isinstance(one, dict):
+        assert set(one) == set(other), path
+        for key, value in one.items():
+            assert_equal_states(value, other[key], f"{path}/{key}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path
 
 
 def test_the_learner_waits_for_its_first_steps(tmp_path):

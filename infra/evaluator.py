@@ -166,7 +166,8 @@ class _Evaluator:
         tasks = {row.task: [row.rate, row.low, row.high] for row in table.rows}
         self._journal.write("evaluated", version=version, tasks=tasks, seconds=seconds, skipped=skipped)
         total = table.total
-        self._newest = {"tested": version, "rate": total.rate, "low": total.low, "high": total.high, "seconds": seconds}
+        rates = {name: round(getattr(total, name), 3) for name in ("rate", "low", "high")}
+        self._newest = {"tested": version, **rates, "seconds": seconds}
 
     def _finished(self) -> bool:
         return bool(read_status(self._run).get("state") == "finished")

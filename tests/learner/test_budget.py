@@ -29,9 +29,11 @@ def test_a_part_inside_another_is_not_counted_twice():
     with budget.timed("checkpoint"):
         time.sleep(0.01)
         with budget.timed("poll"):
-            time.sleep(0.05)
+            time.sleep(0.06)
             with budget.timed("exchange"):
                 time.sleep(0.02)
+        with budget.timed("exchange"):
+            time.sleep(0.01)
     elapsed_s = time.perf_counter() - start
     assert budget.seconds["checkpoint"] < budget.seconds["poll"]
     assert budget.seconds["exchange"] < budget.seconds["poll"]

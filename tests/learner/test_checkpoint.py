@@ -69,7 +69,7 @@ def test_when_all_are_damaged_nothing_is_begun_anew_silently(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["tensors.safetensors", "meta.json", "SHA256SUMS"])
-def test_a_checkpoint_cut_at_any_byte_is_passed_over(tmp_path, file, scale):
+def test_a_checkpoint_cut_or_changed_at_any_byte_is_passed_over(tmp_path, file, scale):
     checkpoints = save_steps(tmp_path, 1, 2)
     victim = tmp_path / "0000000002" / file
     data, rng = victim.read_bytes(), random.Random(file)
@@ -77,8 +77,11 @@ def test_a_checkpoint_cut_at_any_byte_is_passed_over(tmp_path, file, scale):
         victim.write_bytes(data[:cut])
         assert checkpoints.newest().step == 1 and len(checkpoints.refused) == 1, cut
     for _ in range(15 * scale):
-        victim.write_bytes(rng.randbytes(rng.randrange(2 * len(data))))
-        assert checkpoints.newest().step == 1
+        flipped = bytearray(data)
+        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        for other in (flipped, data + b"x", rng.randbytes(rng.randrange(2 * len(data)))):
+            victim.write_bytes(other)
+            assert checkpoints.newest().step == 1, other
 
 
 def stamped(folder, meta=None, tensors=None, sums=None):

@@ -160,7 +160,13 @@ def begin_apart(rank, run, told, patch):
     patch.setattr(HgDagger, "__init__", other)
 
 
-ACTS = {f.__name__: f for f in (fill_when_it_waits, fill_at_step_20, disk_fails, drift, begin_apart)}
+def share_all(rank, run, told, patch):
+    from learner.zero import part
+
+    patch.setattr(part, "WHOLE_BELOW", 0)  # what is so small would be whole on every rank
+
+
+ACTS = {f.__name__: f for f in (fill_when_it_waits, fill_at_step_20, disk_fails, drift, begin_apart, share_all)}
 
 
 def a_run(path: Path, **options: Any) -> Path:
@@ -287,3 +293,26 @@ def test_one_rank_that_fails_or_stops_ends_all_with_its_own_words(tmp_path):
         assert Checkpoints(paths[act] / "checkpoints").steps() == []
     zero, one = played["locked"]
     assert (zero.code, one.code) == ("run_folder",) * 2 and one.error == f"rank 0: {zero.error}"
+
+
+def test_shared_weights_at_two_ranks_go_on_as_plain_ones_at_one_and_back(tmp_path):
+    """ZeRO-3 at two ranks, plain torch at one, ZeRO-3 again: one curve. The start has an algorithm and an engine of its own."""
+
+    def tables(steps, **engine):
+        made = make_tables(steps=steps, start_steps=8, checkpoint_every=100, engine=engine)
+        made["start"].name, made["start"].config = "bc", {"batch_size": 16}
+        return made
+
+    straight = play(RankPlace(), [Scene([a_run(tmp_path / "one")], tables(30))])[0]
+    path, zero = a_run(tmp_path / "cut"), {"name": "deepspeed", "zero_stage": 3}
+    for scene, steps in (
+        (Scene([path] * 2, tables(12, **zero), act="share_all"), range(1, 13)),
+        (Scene([path], tables(20)), range(13, 21)),
+        (Scene([path] * 2, tables(30, **zero), act="share_all"), range(21, 31)),
+    ):
+        # DeepSpeed begins once in a process.
+        played = on_ranks(2, play, [scene], meet=False) if len(scene.paths) == 2 else [play(RankPlace(), [scene])]
+        assert_same_curve([told for (told,) in played], straight, steps)
+    alone = weights_of(tmp_path / "one")
+    for name, value in weights_of(path).items():
+        np.testing.assert_allclose(value, alone[name], rtol=1e-3, atol=1e-4, err_msg=name)

@@ -102,6 +102,24 @@ def test_the_start_hands_its_weights_to_the_online_algorithm(tmp_path):
     assert ReleaseStore(run.releases).manifest(1).algorithm == "bc"
 
 
+def test_new_modules_of_a_phase_begin_alike_whatever_went_before(tmp_path):
+    def tables():
+        made = make_tables(steps=16, start_steps=10, checkpoint_every=100)
+        made["policy"].family, made["policy"].config = "tests.learner_toys:LinearPolicy", {}
+        for table, rate in (("start", 0.01), ("algorithm", 0.02)):  # each has a critic of its own, and draws for dropout
+            made[table].name, made[table].config = "tests.learner_toys:Pair", {"learning_rate": rate}
+        return made
+
+    straight = state_of(train_toy(make_run(tmp_path / "straight"), tables()))
+    run = make_run(tmp_path / "cut")
+    loop = make_toy_loop(run, tables(), MemorySource(1000))
+    enter = loop._enter
+    loop._enter = lambda phase: enter(phase) if phase == 0 else None  # stopped before the second phase begins
+    loop.run(lambda: loop.progress.step >= 10)
+    resumed = state_of(train_toy(run, tables()))
+    assert all(torch.equal(resumed[n], straight[n]) for n in straight)
+
+
 def test_the_learner_waits_for_its_ratio_and_says_so_once(tmp_path):
     run = make_run(tmp_path / "run")
     source = MemorySource(100)

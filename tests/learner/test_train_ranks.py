@@ -42,9 +42,10 @@ class Scene:
 
 @dataclasses.dataclass
 class Told:
-    """What a rank saw: losses by step, what was waited for, whether its rows were borrowed, and its error."""
+    """What a rank saw: losses by step and their weights, what was waited for, whether its rows were borrowed, its error."""
 
     losses: dict[int, float] = dataclasses.field(default_factory=dict)
+    weights: set[float] = dataclasses.field(default_factory=set)
     waiting: list[str] = dataclasses.field(default_factory=list)
     borrowed: list[bool] = dataclasses.field(default_factory=list)
     step: int = 0
@@ -86,6 +87,7 @@ def play_one(place: RankPlace, scene: Scene, patch: pytest.MonkeyPatch) -> Told:
         told.step = progress.step
         if progress.stats:
             told.losses[progress.step] = progress.stats["loss"]
+            told.weights.add(progress.stats["weight"])
         if progress.waiting:
             told.waiting.append(progress.waiting)
         if callable(prepared):
@@ -121,6 +123,8 @@ def fill_at_step_20(rank, run, told, patch):
         if rank == 1 and progress.step == 20 and not (run.path / "filled").exists():
             (run.path / "filled").touch()
             fill(run, robot="r2", source=Source.OPERATOR)
+        if rank == 1 and progress.step == 30:
+            time.sleep(0.3)  # until all have looked at the log
 
     return look
 
@@ -258,6 +262,7 @@ def test_shards_that_are_empty_hold_nobody(tmp_path):
     assert not c.error + d.error and c.losses == d.losses and set(c.losses) == set(range(1, 41))
     assert c.waiting and d.waiting and all("waits for data" in why for why in c.waiting + d.waiting)
     assert all(c.borrowed) and not any(d.borrowed)
+    assert c.weights == d.weights == {16 * 4.0}  # rows times steps of a window: half of them count twice, and borrowed ones not
     assert [line["kind"] for line in lines(asleep, "waiting")] == ["waiting"]
 
     assert e.step == 70 and lines(first, "resumed")[-1]["shards_left_out"] == ["1"]
@@ -273,7 +278,7 @@ def test_shards_that_are_empty_hold_nobody(tmp_path):
 
 def test_one_rank_that_fails_or_stops_ends_all_with_its_own_words(tmp_path):
     scenes, paths = [], {}
-    for act in ("stop", "disk_fails", "drift", "begin_apart", "locked"):
+    for act in ("stop", "fill_at_step_20", "disk_fails", "drift", "begin_apart", "locked"):
         paths[act] = a_run(tmp_path / act)
         scenes.append(Scene([paths[act]] * 2, make_tables(), act=act))
     lock = FolderLock(paths["locked"] / "checkpoints", "test")
@@ -283,6 +288,11 @@ def test_one_rank_that_fails_or_stops_ends_all_with_its_own_words(tmp_path):
         lock.release()
     assert [(told.step, told.error) for told in played["stop"]] == [(13, "")] * 2
     assert Checkpoints(paths["stop"] / "checkpoints").steps() == [13]
+
+    # Both read what came, and it is counted once.
+    assert [told.step for told in played["fill_at_step_20"]] == [40, 40]
+    meta = Checkpoints(paths["fill_at_step_20"] / "checkpoints").load(40).meta
+    assert meta["rate"]["inserts"] == 80 and meta["num_steps"] == 160
 
     zero, one = played["disk_fails"]
     assert "the disk is gone" in one.error and zero.error == f"rank 1: {one.error}" and zero.seconds < 20

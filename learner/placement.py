@@ -1,4 +1,4 @@
-"""Which node gets which ranks. Pure: nodes and a configuration in, a plan out.
+"""Which node gets which ranks. Pure: nodes and a configuration in, a plan out. Needs no torch.
 
     ranks = plan(nodes, tables["cluster"], tables["learner"].device)
     for slot in ranks.slots: ...           # rank by rank; empty while ranks.waiting says why
@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from fleet.batch import Split
 from fleet.errors import ConfigError
 from fleet.files import Files
 from learner.main import ClusterConfig
@@ -98,6 +99,37 @@ def plan(nodes: Sequence[Node], cluster: ClusterConfig, device: str, lost: Seque
         away = ", ".join(node.name for node in candidates if node.name not in here_now) or "none"
         return Plan((), wanted, f"room for {len(slots)} of at least {cluster.min_ranks} ranks; nodes that are away: {away}")
     return Plan(tuple(slots), wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class RankPlace:
+    """Which rank a process is. ``shards``: number of the shard that each rank reads, ascending from 0.
+
+    ``rendezvous``: tcp://HOST:PORT of rank 0, "" where there is one rank. ``timeout_s``: of every exchange; a rank that
+    does not answer in time is taken for dead.
+    """
+
+    rank: int = 0
+    shards: tuple[int, ...] = (0,)
+    rendezvous: str = ""
+    timeout_s: float = 120.0
+
+    @property
+    def size(self) -> int:
+        return len(self.shards)
+
+    @property
+    def num_shards(self) -> int:
+        return self.shards[-1] + 1
+
+    @property
+    def leaders(self) -> list[int]:
+        """The first rank of each shard."""
+        return [self.shards.index(shard) for shard in range(self.num_shards)]
+
+    def split(self) -> Split:
+        """The part of each batch that this rank makes."""
+        return Split(self.rank, self.shards)
 
 
 class KnownNodes:

@@ -11,7 +11,6 @@ Nothing here is a pickle.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import time
@@ -23,43 +22,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fleet.batch import Split
 from fleet.errors import FleetError, LearnerError
+from learner.placement import RankPlace as RankPlace
 
 LOOK_S = 0.2  # between two looks at what a rank left, while others wait for it
 LINGER_S = 2.0  # rank 0, which keeps what ranks left, waits so long for the others to read it
 _FAILED, _READ = "failed", "read"
-
-
-@dataclasses.dataclass(frozen=True)
-class RankPlace:
-    """Which rank a process is. ``shards``: number of the shard that each rank reads, ascending from 0.
-
-    ``rendezvous``: tcp://HOST:PORT of rank 0, "" where there is one rank. ``timeout_s``: of every exchange; a rank that
-    does not answer in time is taken for dead.
-    """
-
-    rank: int = 0
-    shards: tuple[int, ...] = (0,)
-    rendezvous: str = ""
-    timeout_s: float = 120.0
-
-    @property
-    def size(self) -> int:
-        return len(self.shards)
-
-    @property
-    def num_shards(self) -> int:
-        return self.shards[-1] + 1
-
-    @property
-    def leaders(self) -> list[int]:
-        """The first rank of each shard."""
-        return [self.shards.index(shard) for shard in range(self.num_shards)]
-
-    def split(self) -> Split:
-        """The part of each batch that this rank makes."""
-        return Split(self.rank, self.shards)
 
 
 class Ranks:

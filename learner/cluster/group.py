@@ -22,14 +22,15 @@ from ray.exceptions import OutOfMemoryError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import fleet.errors
-from fleet.errors import FleetError, LearnerError
+from fleet.errors import FleetError, LearnerError, OutOfMemory
 from learner.cluster.session import first_line
 from learner.cluster.worker import Worker
-from learner.placement import Plan
-from learner.ranks import RankPlace
+from learner.placement import Plan, RankPlace
 
 log = logging.getLogger("fleet.cluster")
 _GRACE_S = {True: 2.0, False: 0.3}  # from bad news, an echo or not, to the decision which one was the cause
+_LESS_MEMORY = "lower learner.image_cache_mb, learner.prefetch_depth, engine.micro_batch or the ranks on that node"
+_START_S = 10.0  # Ray starts a process in a few seconds; what takes longer is told
 _SILENT_S = 4.0  # a rank answers several times a second
 _ECHO = re.compile("lost another rank|did not meet the others|gloo|NCCL|closed by peer|Connection reset|timed out")
 
@@ -73,7 +74,7 @@ class RankGroup:
         self._fates: dict[int, Fate] = {}
         self._meeting: Any = None
         self._begun = False
-        self._decide_at = float("inf")
+        self._decide_at, self._patient_until = float("inf"), time.monotonic() + _START_S
 
     error: FleetError | None
     """Why the ranks ended, if they did so badly."""
@@ -118,7 +119,7 @@ class RankGroup:
         try:
             answer = ray.get(reference)
         except OutOfMemoryError as error:
-            self._fail(rank, out_of_memory(f"{self._who(rank)} was ended by Ray: {first_line(error)}"))
+            self._fail(rank, out_of_memory(self._who(rank), error, _LESS_MEMORY))
             return
         except RayError as error:
             self._fail(rank, self._death(rank, error))
@@ -139,7 +140,8 @@ class RankGroup:
         there = [rank for rank, pid in enumerate(self.pids) if pid]
         if len(there) < len(self.plan.slots):
             missing = [self._who(rank) for rank in range(len(self.pids)) if rank not in there]
-            self.waiting = f"the learner waits for Ray to start {', '.join(missing[:4])}{' ...' if missing[4:] else ''}"
+            if time.monotonic() > self._patient_until:
+                self.waiting = f"the learner waits for Ray to start {', '.join(missing[:4])}{' ...' if missing[4:] else ''}"
             return
         if len(self._actors) == 1:
             self._tell(RankPlace())
@@ -217,14 +219,10 @@ def error_of(fields: Mapping[str, Any]) -> FleetError:
     return cls(fields["what"], rule=fields["rule"], remedy=fields["remedy"])
 
 
-def out_of_memory(what: str) -> FleetError:
-    """The error of a process that was ended because its node's memory ran out."""
-    cls = getattr(fleet.errors, "OutOfMemory", LearnerError)
-    return cls(
-        what,
-        rule="what runs on a node fits its memory",
-        remedy="lower learner.image_cache_mb, learner.prefetch_depth, engine.micro_batch or cluster.ranks, or use a higher "
-        "engine.zero_stage",
+def out_of_memory(who: str, error: OutOfMemoryError, remedy: str) -> OutOfMemory:
+    """The error of a process that Ray ended because its node's memory ran out."""
+    return OutOfMemory(
+        f"{who} was ended by Ray: {first_line(error)}", rule="what runs on a node fits its memory", remedy=remedy
     )
 
 

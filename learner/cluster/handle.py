@@ -73,6 +73,7 @@ class LearnerHandle:
         self._function, self._grow_after_s = function, grow_after_s
         self._group: RankGroup | None = None
         self._start_at, self._plan_at = 0.0, 0.0
+        self._best = 0  # step at the failures before
         self._better_since: float | None = None
         self._regroup_by: float | None = None
 
@@ -168,13 +169,15 @@ class LearnerHandle:
         self._drop()
         if error.code in FINAL:
             self._give_up(error)
-        pause_s = self._rule.failed(now)
+        step = self.status.progress.get("step", 0)
+        got_further, self._best = step > self._best, max(step, self._best)
+        pause_s = self._rule.failed(now, got_further)
         self.status.last_error = str(error)
         if pause_s is None:
             rule = self._rule
             self._give_up(
                 LearnerError(
-                    f"the learner failed {rule.max_failures} times within {rule.window_s:.0f} s, last: {error.what}",
+                    f"the learner failed {rule.max_failures} times at or before step {self._best}, last: {error.what}",
                     rule=error.rule or "a learner that cannot run is not started for ever",
                     remedy=error.remedy or "see logs/learner-rank*.log",
                 )

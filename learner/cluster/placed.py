@@ -20,6 +20,7 @@ from learner.placement import Node
 from learner.restarts import RestartRule
 
 log = logging.getLogger("fleet.cluster")
+_TRY_AGAIN_S = 60.0
 
 
 @dataclasses.dataclass
@@ -38,7 +39,7 @@ class PlacedStatus:
 class Placed:
     """Runs ``function(stop=Callable[[], bool], report=Callable[[dict], None], **arguments)`` somewhere, again when it fails.
 
-    In a crash loop it is tried again once in the rule's window, for ever.
+    In a crash loop it is tried again once a minute, for ever.
 
     Args:
         function: module:function.
@@ -80,7 +81,7 @@ class Placed:
             try:
                 self._take(ray.get(self._asked))
             except OutOfMemoryError as error:
-                self._failed(out_of_memory(f"{self.status.name} was ended by Ray: {first_line(error)}"))
+                self._failed(out_of_memory(self.status.name, error, "place it elsewhere, or less beside it"))
             except RayError as error:
                 self._failed(
                     LearnerError(f"the process of {self.status.name} ended: {type(error).__name__} {first_line(error)}")
@@ -118,7 +119,7 @@ class Placed:
         pause_s = self._rule.failed(time.monotonic())
         log.warning("%s failed: %s", self.status.name, error)
         self.status.restarts += 1
-        self._start_at = time.monotonic() + (self._rule.window_s if pause_s is None else pause_s)
+        self._start_at = time.monotonic() + (_TRY_AGAIN_S if pause_s is None else pause_s)
 
     def _drop(self) -> None:
         if self._actor is not None:

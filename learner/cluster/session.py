@@ -7,6 +7,7 @@ that Ray placed, end with this process.
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import contextlib
 import importlib
@@ -77,6 +78,7 @@ def start_ray(
         else:
             _start(num_cpus, options)
     stop = _watch = threading.Event()
+    atexit.register(stop.set)  # Ray's servers end at the end of this process, before its threads
     threading.Thread(target=_knock, args=(stop, _servers(), lost or _end), name="ray-watch", daemon=True).start()
 
 

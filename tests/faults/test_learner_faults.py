@@ -210,7 +210,7 @@ def test_a_learner_that_cannot_run_stops_with_its_error(tmp_path, ray_cluster):
     for step in Checkpoints(run.checkpoints).steps():
         (run.checkpoints / f"{step:010d}" / "meta.json").write_text("{}")
     handle = learner_of(run, tables, rule=RestartRule(max_failures=2, first_s=0.1))
-    with pytest.raises(LearnerError, match=r"failed 2 times within 60 s.*damaged"):
+    with pytest.raises(LearnerError, match=r"failed 2 times at or before step 0.*damaged"):
         wait_for(handle, lambda s: s.done)
     assert handle.status.done and handle.status.restarts == 1
     tables["algorithm"].name = "no_such"
@@ -230,3 +230,5 @@ def test_the_restart_rule_doubles_its_pause_and_ends_a_crash_loop():
     assert [rule.failed(t) for t in (0, 1, 2, 3, 4)] == [0.5, 1, 2, 3, None]
     rule = RestartRule(max_failures=5, window_s=60, first_s=0.5, longest_s=3)
     assert [rule.failed(t) for t in range(0, 600, 20)][-1] == 2  # three a minute are no crash loop
+    rule = RestartRule(max_failures=5, window_s=60, first_s=0.5, longest_s=3)
+    assert [rule.failed(t, got_further=t % 4 == 0) for t in range(9)] == [0.5, 1, 2, 3, 0.5, 1, 2, 3, 0.5]

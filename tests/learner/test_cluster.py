@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import stat
@@ -19,6 +20,7 @@ from learner.restarts import RestartRule
 from tests.learner_toys import make_run, make_tables
 
 COUNT = "tests.learner.cluster_toys:count"
+PRETEND = "tests.learner.cluster_toys:pretend"
 SERVE = "tests.learner.cluster_toys:serve"
 JOIN = """
 import sys
@@ -57,7 +59,7 @@ def until(poll, condition, seconds=60):
     while time.monotonic() < deadline:
         status = poll()
         if condition(status):
-            return status
+            return dataclasses.replace(status) if dataclasses.is_dataclass(status) else status  # it goes on changing
         time.sleep(0.05)
     raise AssertionError(f"timed out at {status}")
 
@@ -69,13 +71,13 @@ def tables_of(ranks=2, **learner):
     return tables
 
 
-def learner_of(cluster, run, tables, **options):
+def learner_of(cluster, run, tables, function=PRETEND, **options):
     here = cluster.nodes()[0]
 
     def make():
         return plan(cluster.nodes(), tables["cluster"], "cpu")
 
-    return cluster.LearnerHandle(tables, make, {here.name: run.path}, function=COUNT, **options)
+    return cluster.LearnerHandle(tables, make, {here.name: run.path}, function=function, **options)
 
 
 def gone(pid):
@@ -119,7 +121,7 @@ def test_no_cluster_at_an_address_is_said_at_once(address):
 
 def test_ranks_meet_stop_and_go_on_where_they_were(cluster, tmp_path):
     run, tables = make_run(tmp_path / "run"), tables_of(ranks=3, steps=10**6)
-    learner = learner_of(cluster, run, tables)
+    learner = learner_of(cluster, run, tables, COUNT)
     status = until(learner.poll, lambda s: s.progress.get("step", 0) > 20)
     assert status.progress["stats"]["size"] == 3 and [r["rank"] for r in status.ranks] == [0, 1, 2]
     assert all(psutil.pid_exists(r["pid"]) for r in status.ranks) and status.pid == status.ranks[0]["pid"]
@@ -131,14 +133,14 @@ def test_ranks_meet_stop_and_go_on_where_they_were(cluster, tmp_path):
     assert last.progress["step"] == int((run.checkpoints / "count").read_text())
     assert [path.name for path in sorted(run.logs.glob("learner-rank*.log"))] == [f"learner-rank{r}.log" for r in range(3)]
     tables["cluster"].ranks, tables["learner"].steps = 2, last.progress["step"] + 5
-    again = learner_of(cluster, run, tables)
+    again = learner_of(cluster, run, tables, COUNT)
     end = until(again.poll, lambda s: s.done)
     assert end.progress["stats"] == {"size": 2.0, "began": float(last.progress["step"])}
 
 
 def test_a_killed_rank_ends_the_others_and_all_start_again(cluster, tmp_path):
     run, tables = make_run(tmp_path / "run"), tables_of(ranks=2, steps=10**6)
-    learner = learner_of(cluster, run, tables)
+    learner = learner_of(cluster, run, tables, COUNT)
     try:
         first = until(learner.poll, lambda s: s.progress.get("step", 0) > 10)
         pids = [r["pid"] for r in first.ranks]
@@ -149,23 +151,23 @@ def test_a_killed_rank_ends_the_others_and_all_start_again(cluster, tmp_path):
         print(f"rank killed: training again after {time.monotonic() - killed:.2f} s")
         assert back.restarts == 1 and back.progress["stats"]["began"] >= step
         assert "process ended: rank 1" in back.last_error and "closed by peer" not in back.last_error
-        assert all(gone(pid) for pid in pids)
+        until(lambda: pids, lambda all_: all(gone(pid) for pid in all_), 10)
     finally:
         learner.stop()
-    assert all(gone(r["pid"]) for r in back.ranks)
+    until(lambda: back.ranks, lambda ranks: all(gone(r["pid"]) for r in ranks), 10)
 
 
 def test_a_rank_that_is_stuck_is_named_and_killed(cluster, tmp_path):
     run, tables = make_run(tmp_path / "run"), tables_of(ranks=2, steps=10**6)
     tables["cluster"].rank_timeout_s = 5.0
-    learner = learner_of(cluster, run, tables)
+    learner = learner_of(cluster, run, tables, COUNT)
     try:
         first = until(learner.poll, lambda s: s.progress.get("step", 0) > 10)
         stuck = first.ranks[1]["pid"]
         os.kill(stuck, signal.SIGSTOP)
         back = until(learner.poll, lambda s: s.restarts and s.pid)
         assert "rank 1 on" in back.last_error and "does not answer" in back.last_error
-        assert gone(stuck)
+        until(lambda: stuck, gone, 10)
     finally:
         learner.stop()
 
@@ -174,10 +176,11 @@ def test_the_first_cause_is_told_and_a_crash_loop_ends(cluster, tmp_path):
     run, tables = make_run(tmp_path / "run"), tables_of(ranks=2)
     (run.path / "raise-1").touch()
     learner = learner_of(cluster, run, tables, rule=RestartRule(max_failures=2, first_s=0.1))
-    with pytest.raises(LearnerError, match=r"failed 2 times within 60 s, last: .*rank 1.*the sky fell") as caught:
+    with pytest.raises(LearnerError, match=r"failed 2 times at or before step 0, last: .*rank 1.*the sky fell") as caught:
         until(learner.poll, lambda s: s.done)
     assert (caught.value.rule, caught.value.remedy) == ("it stays up", "hold it")
-    assert learner.status.restarts == 1 and "the sky fell" in (run.logs / "learner-rank1.log").read_text()
+    assert learner.status.restarts == 1 and "lost another" not in str(caught.value)
+    assert "the sky fell" in (run.logs / "learner-rank1.log").read_text()
 
 
 def test_an_error_that_a_restart_cannot_help_is_final(cluster, tmp_path):
@@ -198,7 +201,7 @@ def test_more_ranks_join_when_their_node_is_back(cluster, tmp_path):
     whole = plan([here], tables["cluster"], "cpu")
     small = type(whole)(whole.slots[:1], wanted=2)
     now = [type(whole)((), 2, "nodes that are away: b")]
-    learner = cluster.LearnerHandle(tables, lambda: now[0], {here.name: run.path}, grow_after_s=3.0, function=COUNT)
+    learner = cluster.LearnerHandle(tables, lambda: now[0], {here.name: run.path}, grow_after_s=3.0, function=PRETEND)
     try:
         assert until(learner.poll, lambda s: s.waiting).waiting == "nodes that are away: b"
         now[0] = small

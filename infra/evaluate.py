@@ -9,13 +9,14 @@ Workers are spawned processes: a script that calls this needs ``if __name__ == "
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -116,10 +117,11 @@ def evaluate(
         for i in range(0, len(seeds), _SEEDS_A_JOB)
     ]
     episodes: list[EpisodeResult] = []
-    for done in _run_here(setup, jobs) if num_workers == 0 else _run_in_workers(setup, jobs, num_workers):
-        episodes += done
-        if watch is not None:
-            watch(len(episodes))
+    with contextlib.closing(_run_here(setup, jobs) if num_workers == 0 else _run_in_workers(setup, jobs, num_workers)) as runs:
+        for done in runs:
+            episodes += done
+            if watch is not None:
+                watch(len(episodes))
     rows = tuple(_row(task, [e for e in episodes if e.task == task]) for task in tasks)
     return Table(rows, _row("all", episodes), tuple(episodes))
 
@@ -196,7 +198,7 @@ def _run_job(job: tuple[str, np.ndarray, list[int]]) -> list[EpisodeResult]:
     return episodes
 
 
-def _run_here(setup: tuple[Any, ...], jobs: Sequence[Any]) -> Iterator[list[EpisodeResult]]:
+def _run_here(setup: tuple[Any, ...], jobs: Sequence[Any]) -> Generator[list[EpisodeResult]]:
     worker = _Worker(*setup)
     try:
         for task, embedding, seeds in jobs:
@@ -206,7 +208,7 @@ def _run_here(setup: tuple[Any, ...], jobs: Sequence[Any]) -> Iterator[list[Epis
         worker.robot.close()
 
 
-def _run_in_workers(setup: tuple[Any, ...], jobs: Sequence[Any], num_workers: int) -> Iterator[list[EpisodeResult]]:
+def _run_in_workers(setup: tuple[Any, ...], jobs: Sequence[Any], num_workers: int) -> Generator[list[EpisodeResult]]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(num_workers, len(jobs)), context, _start_process, (setup,)) as pool:
         try:
@@ -214,7 +216,7 @@ def _run_in_workers(setup: tuple[Any, ...], jobs: Sequence[Any], num_workers: in
         except BrokenProcessPool as broken:
             raise RobotError("a process that ran evaluation episodes died", remedy="look at its last output above") from broken
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after an error, or Ctrl-C, nobody wants the rest
+            pool.shutdown(cancel_futures=True)  # after an error, or Ctrl-C, nobody wants the rest
 
 
 def check_starts(adapter: str, settings: Mapping[str, Any], task: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fleet.errors import StorageError
 from fleet.files import Files, storage_errors
 from fleet.runfolder import RunFolder
 from infra.intervals import wilson
@@ -24,9 +25,20 @@ def results_file(run: RunFolder) -> Path:
 
 def read_results(run: RunFolder) -> list[dict[str, Any]]:
     """One row a release, label and task: version, label, at_ns (when it was published), measured_ns, task, episodes,
-    successes. Empty before the first test."""
+    successes. Empty before the first test.
+
+    Raises:
+        StorageError: Somebody damaged the file.
+    """
     path = results_file(run)
-    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    except ValueError as error:
+        raise StorageError(
+            f"{path} is damaged: {error}",
+            rule="it is replaced whole, by us only",
+            remedy="mend it, or delete it and test again",
+        ) from None
     return rows
 
 

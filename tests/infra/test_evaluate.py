@@ -1,3 +1,5 @@
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -87,14 +89,14 @@ def test_an_episode_that_the_robot_never_ends_is_ended(num_workers):
     assert [(e.num_steps, e.success) for e in table.episodes] == [(31, False)] * 4
 
 
-def test_whoever_watches_can_end_it():
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_whoever_watches_can_end_it(num_workers):
     done = []
 
     def watch(num):
         done.append(num)
-        if num == 3:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(_untrained(), "toy", {}, TASKS, held_out_seeds(12), execute=1, num_workers=0, watch=watch)
-    assert done == [1, 2, 3]
+        evaluate(_untrained(), "toy", {}, TASKS, held_out_seeds(12), execute=1, num_workers=num_workers, watch=watch)
+    assert done == [5 if num_workers else 1] and not multiprocessing.active_children()

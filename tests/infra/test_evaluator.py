@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 from algorithms.policies.registry import build
 from fleet.config import load_run
-from fleet.errors import ConfigError, RobotError
+from fleet.errors import ConfigError, RobotError, StorageError
 from fleet.identity import create_run_keys
 from fleet.journal import read_journal
 from fleet.runfolder import RunFolder
@@ -26,7 +26,7 @@ from fleet.seeds import CONTINUAL, HELD_OUT, held_out_seeds
 from fleet.server.releases import ReleaseStore
 from fleet.spec import STATE
 from infra.evaluator import EvaluatorConfig, due, serve
-from infra.results import add_results, newest_tested, read_results, success_rate
+from infra.results import add_results, newest_tested, read_results, results_file, success_rate
 from infra.run_config import load_tables, write_catalogue
 from learner.publisher import describe
 from tests.command_line import ENV, ROOT
@@ -294,6 +294,16 @@ def test_results_of_several_writers_are_all_kept(tmp_path, scale):
     keys = [(row["label"], row["version"], row["task"]) for row in read_results(run)]
     assert len(keys) == len(set(keys)) == 3 * num * 2
     assert success_rate(run, "continual", 7)[0] == 0.35 and newest_tested(run, "start") == num
+
+
+def test_a_damaged_file_of_results_is_not_overwritten(tmp_path):
+    run = RunFolder.create(tmp_path / "run")
+    add_results(run, 1, 1, "continual", {"reach": (10, 5)})
+    results_file(run).write_text(results_file(run).read_text()[:-5])
+    before = results_file(run).read_bytes()
+    with pytest.raises(StorageError, match="damaged"):
+        add_results(run, 2, 2, "continual", {"reach": (10, 6)})
+    assert results_file(run).read_bytes() == before
 
 
 @pytest.mark.parametrize(

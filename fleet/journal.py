@@ -9,7 +9,8 @@ gateway: ``durable`` (robot, boot, seq, latency_ms: one number a step, executed 
     published -> in the robot's policy), ``refused`` (robot, error), ``retired`` (segment, action: drop | compact, why: age |
     bytes, frees: bytes, steps), ``disk`` (low, free_gb)
 learner: ``sampleable`` (robot, boot, seq, latency_ms: one number a step, executed -> in the sampler), ``update`` (step, loss,
-    updates_per_s), ``published`` (version, step), ``checkpoint`` (step), ``resumed`` (step, version), ``waiting`` (why),
+    updates_per_s), ``published`` (version, step), ``checkpoint`` (step), ``resumed`` (step, version, passed_over: why newer
+    checkpoints were not taken, ranks, shards_left_out: of the checkpoint, that nobody reads any more), ``waiting`` (why),
     ``rate`` (state, why, inserts, samples, cursor: what the rate limiter holds or no longer holds),
     ``undecodable`` (why: a window that is left out of batches), ``skipped`` (what: damaged | skipped_fragments | skipped_steps,
     why: what the learner does not train on, once each, and for steps once a task)

@@ -5,6 +5,7 @@ All ranks take part, and come to the same.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -27,6 +28,7 @@ from learner.progress import Progress
 from learner.ranks import Ranks
 from learner.supply import POLL_S, BatchSource
 
+SETTINGS = ("learner", "engine", "policy", "algorithm", "start")  # tables that say what is trained, and how
 STATISTICS_STEPS = 8192  # drawn from the demonstrations, to normalise observations by
 
 
@@ -168,6 +170,22 @@ def _statistics(
     first = mean(obs)
     variance = mean({name: (value - first[name]) ** 2 for name, value in obs.items()})
     return first, {name: np.sqrt(value) for name, value in variance.items()}
+
+
+def settings_of(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The learner's tables as plain data, for the next process to compare with."""
+    plain: dict[str, Any] = _plain({name: dataclasses.asdict(table) for name, table in tables.items() if name in SETTINGS})
+    return plain
+
+
+def changed_settings(old: Any, new: Any, key: str = "") -> dict[str, list[Any]]:
+    """Old and new value by key, for example ``algorithm.config.learning_rate``; None where there was or is none."""
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return {key: [old, new]} if old != new else {}
+    changed: dict[str, list[Any]] = {}
+    for name in {**old, **new}:
+        changed |= changed_settings(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    return changed
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ same data.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from algorithms.base import Algorithm
 from fleet.batch import Windows
-from fleet.errors import LearnerError
+from fleet.errors import LearnerError, StorageError
 from fleet.robot import SOURCE_NAMES
 from learner.agree import require_equal
 from learner.background import Fact
@@ -160,6 +161,8 @@ class Loop:
             self._note(self._keep.facts(flush=True))
         finally:
             self._keep.close()
+            with contextlib.suppress(StorageError):  # a run does not end because its trace found no room
+                self._budget.close()
         self._tell(force=True)
         return progress
 

@@ -1,6 +1,6 @@
 """What the learner's processes (ranks) must know of each other between updates: numbers and bytes, over gloo on the CPU.
 
-    ranks = Ranks(rank, size, shard_of_rank, "tcp://10.0.0.1:29400", timeout_s=60)
+    ranks = Ranks(RankPlace(rank=1, shards=(0, 0, 1), rendezvous="tcp://10.0.0.1:29400"))
     facts = ranks.gather([stop, num_new_steps])       # the same table on every rank, so all decide alike
 
 Ranks of one node read one shard of the buffer and stand next to each other. A rank that fails leaves its error for the

@@ -22,7 +22,7 @@ from fleet.runfolder import RunFolder
 from fleet.server.releases import ReleaseStore
 from fleet.spec import RobotSpec
 from learner.agree import all_specs, newest_checkpoint
-from learner.beginning import make_policy, wait_for_data
+from learner.beginning import changed_settings, make_policy, settings_of, wait_for_data
 from learner.budget import Budget
 from learner.checkpoint import Checkpoints
 from learner.engine import Engine
@@ -80,14 +80,15 @@ def _train(run: RunFolder, tables: Mapping[str, Any], stop: Callable[[], bool], 
         stack.callback(journal.close)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
-        tasks = json.loads((run.path / "tasks.json").read_text())
+        catalogue = run.path / "tasks.json"  # may be edited just now, and all ranks count by it
+        tasks = json.loads(ranks.broadcast_bytes(catalogue.read_bytes() if ranks.first else b""))
         cache = ImageCache(config.image_cache_mb << 20)
         sampler = Sampler(run.buffer, list(tasks), config.seed, journal, cache=cache, split=ranks.place.split())
         stack.callback(sampler.close)
         arrays = allocator(choose_device(config.device))
         feed = Prefetcher(sampler, depth=config.prefetch_depth, workers=config.prefetch_workers, allocate=arrays)
         stack.callback(feed.close)
-        report = with_feed(report, sampler, feed, cache, Skipped(sampler, run.path / "tasks.json", journal.write))
+        report = with_feed(report, sampler, feed, cache, Skipped(sampler, catalogue, journal.write))
         if not wait_for_data(sampler, config.min_size_to_sample, ranks, stop, report, journal):
             return Progress(steps=config.steps)
         embeddings_KE = torch.tensor([task["embedding"] for task in tasks.values()], dtype=torch.float32)
@@ -142,7 +143,7 @@ def make_loop(
             publish_every=config.publish_every,
             checkpoint_every=config.checkpoint_every,
             first_release=max(config.start_steps, 1),
-            meta={"policy": described, "seed": config.seed, "run_id": run.run_id},
+            meta={"policy": described, "seed": config.seed, "run_id": run.run_id, "settings": settings_of(tables)},
         ),
         device=device,
         ranks=ranks,
@@ -161,6 +162,7 @@ def make_loop(
             passed_over=checkpoints.refused,
             ranks=ranks.size,
             shards_left_out=nobodys,
+            changed=changed_settings(checkpoint.meta["settings"], settings_of(tables)),
         )
     return loop
 

@@ -1,3 +1,4 @@
+import json
 import threading
 import time
 
@@ -269,8 +270,10 @@ def test_a_full_disk_delays_releases_only(tmp_path, monkeypatch):
 def test_time_is_told_by_what_it_was_spent_on(tmp_path):
     seen = []
     run = make_run(tmp_path / "run")
-    loop = make_toy_loop(run, make_tables(), MemorySource(100), seen.append)
+    loop = make_toy_loop(run, make_tables(trace_steps=1000), MemorySource(100), seen.append)
     loop.run(lambda: False)
+    trace = json.loads((run.logs / "trace-0.json").read_text())["traceEvents"]
+    assert {"forward", "publish", "step 40"} <= {event["name"] for event in trace}
     assert all(
         seen[-1].seconds[part] > 0
         for part in ("sample", "prepare", "forward", "backward", "optimizer", "after_step", "publish")

@@ -145,7 +145,7 @@ class EngineConfig:
 @dataclasses.dataclass
 class ClusterConfig:
     ranks: int = 0
-    """Processes that train together; 0: one for each GPU of the cluster, or one where there is none."""
+    """Processes that train together; 0: one for each GPU of the cluster, where there is none one for each of ``nodes``."""
     min_ranks: int = 1
     """Training goes on with so many when nodes are lost; with fewer it waits for them."""
     cpus_per_rank: float = 1.0

@@ -30,7 +30,7 @@ from learner.placement import Node
 log = logging.getLogger("fleet.cluster")
 RAY_IS_GONE = 70  # exit code of a process that lost its Ray
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024  # nothing of size goes through Ray
-_WATCH_S, _MISSED, _ANSWER_S = 0.5, 3, 2.0
+_WATCH_S, _MISSED, _ANSWER_S, _SHUTDOWN_S = 0.5, 3, 2.0, 20.0
 _raylet: Any = importlib.import_module("ray._raylet")
 _watch: threading.Event | None = None
 
@@ -83,12 +83,16 @@ def start_ray(
 
 
 def stop_ray() -> None:
-    """Leaves the cluster; a local one ends."""
+    """Leaves the cluster; a local one ends. Where Ray died in this moment, this process ends with code 70."""
     global _watch
     if _watch is not None:
         _watch.set()
         _watch = None
+    patience = threading.Timer(_SHUTDOWN_S, _end, ["Ray, which does not let go,"])
+    patience.daemon = True
+    patience.start()
     ray.shutdown()
+    patience.cancel()
 
 
 def nodes() -> list[Node]:
@@ -205,10 +209,12 @@ def _own_signal_handlers() -> Iterator[None]:
     """Keeps ours: Ray sets its own, which would end this process without a checkpoint."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
-    yield
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def _servers() -> list[tuple[str, str, int]]:
@@ -229,11 +235,11 @@ def _knock(stop: threading.Event, servers: Sequence[tuple[str, str, int]], lost:
             what, host, port = server
             missed[server] = 0 if answers_at(host, port) else missed[server] + 1
             if missed[server] >= _MISSED and not stop.is_set():
-                lost(f"{what} at {host}:{port} is gone")
+                lost(f"{what} at {host}:{port}")
                 return
 
 
 def _end(what: str) -> None:
-    log.critical("%s: this process ends, and what Ray placed for it with it", what)
+    log.critical("%s is gone: this process ends, and what Ray placed for it with it", what)
     logging.shutdown()
     os._exit(RAY_IS_GONE)

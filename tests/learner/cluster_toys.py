@@ -25,6 +25,7 @@ def count(run: RunFolder, tables: Any, *, stop: Stop, report: Callable[[Progress
     from learner.ranks import Ranks
 
     ranks = Ranks(place)
+    (run.path / f"rank-{place.rank}.json").write_text(json.dumps({"shards": place.shards}))
     kept = run.checkpoints / "count"
     step = began = int(ranks.gather([int(kept.read_text()) if kept.exists() else 0])[0, 0])
     try:
@@ -33,7 +34,6 @@ def count(run: RunFolder, tables: Any, *, stop: Stop, report: Callable[[Progress
             size = float(np.sum(ranks.gather([1.0])))
             if ranks.first:
                 Files().write_atomic(kept, str(step).encode())
-            (run.path / f"rank-{place.rank}.json").write_text(json.dumps({"shards": place.shards}))
             report(Progress(step=step, stats={"size": size, "began": float(began)}))
             time.sleep(TICK_S)
     except BaseException as error:

@@ -20,7 +20,7 @@ from fleet.runfolder import RunFolder
 from infra.run_config import check_run_file, load_tables, write_catalogue
 from infra.supervisor import Supervisor
 from infra.targets import scrape_targets, targets_file, write_targets
-from infra.up import open_run, start_gateway, write_run_file
+from infra.up import LocalRun, open_run, start_gateway, write_run_file
 from tests.command_line import ROOT
 
 HERE = ROOT / "infra" / "cluster"
@@ -205,6 +205,20 @@ def test_targets_are_those_that_wrote_down_a_port(tmp_path):
     (run.path / "gateway.json").write_text('{"metrics_port": 9102}')
     write_targets(run, everybody)
     assert scrape_targets(run, everybody)[0]["targets"] == ["127.0.0.1:9102"]
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_fleet_up_keeps_the_targets_up_to_date(tmp_path, every):
+    run = RunFolder.create(tmp_path / "run")
+    local = LocalRun(run, load_tables(ROOT / "examples" / "toy.yaml", [f"evaluator.every={every}"]))
+    try:
+        for process in ("gateway", "evaluator"):  # an evaluator of an earlier start, when there is none now
+            (run.path / f"{process}.json").write_text('{"metrics_port": 9101}')
+        local.poll()
+        found = [target["labels"]["process"] for target in json.loads(targets_file(run).read_text())]
+        assert found == (["gateway", "evaluator"] if every else ["gateway"])
+    finally:
+        local.stop()
 
 
 def needs(program):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import json
+import logging
 import threading
 import time
 from contextlib import AbstractContextManager
@@ -27,6 +28,7 @@ import torch
 from fleet.errors import StorageError
 from fleet.files import Files, storage_errors
 
+log = logging.getLogger("fleet.learner")
 PARTS = (
     "sample",  # waits for the batch
     "wait",  # has nothing to do: the rate, or no data
@@ -89,29 +91,26 @@ class Budget:
             self._finish(self._trace)
 
     def close(self) -> None:
-        """Reads what is left to read, and writes the trace if it has not been.
-
-        Raises:
-            StorageError: The trace could not be written.
-        """
+        """Reads what is left to read, and writes the trace if it has not been."""
         if self._pending:
             self._pending[-1].end.synchronize()
             self._read()
-        trace, self._trace = self._trace, None
-        if trace is not None:
-            trace.write()
+        if self._trace is not None:
+            self._finish(self._trace).join()
 
-    def _finish(self, trace: _Trace) -> None:
-        """Writes the trace beside the updates."""
+    def _finish(self, trace: _Trace) -> threading.Thread:
+        """Writes the trace beside the updates. A run does not end because its trace finds no room."""
         self._trace = None
 
         def work() -> None:
             try:
                 trace.write()
-            except StorageError:  # a run does not end because its trace found no room
-                trace.path.unlink(missing_ok=True)
+            except StorageError as error:
+                log.warning("%s", error)
 
-        threading.Thread(target=work, name="learner-trace").start()
+        thread = threading.Thread(target=work, name="learner-trace")
+        thread.start()
+        return thread
 
     def _read(self) -> None:
         """Takes over what the device has passed."""

@@ -275,24 +275,26 @@ def load_modules(modules: Mapping[str, nn.Module], weights: Mapping[str, Mapping
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Parameters) -> dict[str, Any]:
-    """State of an optimizer by parameter name: {"state": {name: {key: value}}, "groups": [{..., "params": [names]}]}. The
-    tensors are the live ones."""
+    """State of an optimizer by parameter name: {"kind": name of its class, "state": {name: {key: value}}, "groups": [{...,
+    "params": [names]}]}. The tensors are the live ones."""
     names = {id(p): name for name, p in parameters.items()}
     groups = [{**g, "params": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
-    return {"state": {names[id(p)]: dict(s) for p, s in optimizer.state.items()}, "groups": groups}
+    state = {names[id(p)]: dict(s) for p, s in optimizer.state.items()}
+    return {"kind": type(optimizer).__name__, "state": state, "groups": groups}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Parameters, saved: Mapping[str, Any], part: str) -> None:
-    """The reverse of ``optimizer_state``; what it takes is copied.
+    """The reverse of ``optimizer_state``; what it takes is copied. Learning rates and other settings stay those of
+    ``optimizer``: they follow from the configuration, which may have changed, and from the algorithm's own state.
 
     Raises:
-        LearnerError: It is of other parameters.
+        LearnerError: It is of other parameters, or of another kind.
     """
     names = {id(p): name for name, p in parameters.items()}
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    require_same_parameters(saved, order, part)
+    require_same_optimizer(saved, optimizer, order, part)
     index = {name: i for i, name in enumerate(order)}
-    groups = [{**g, "params": [index[n] for n in g["params"]]} for g in saved["groups"]]
+    groups = [{**g, "params": [index[names[id(p)]] for p in g["params"]]} for g in optimizer.param_groups]
     state = {index[n]: {k: _copied(v) for k, v in entries.items()} for n, entries in saved["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -307,8 +309,14 @@ def require_same_parts(saved: Mapping[str, Any], parts: Iterable[str]) -> None:
         raise LearnerError(f"a checkpoint has optimizers of {sorted(saved)}", rule=f"this algorithm trains {sorted(parts)}")
 
 
-def require_same_parameters(saved: Mapping[str, Any], order: Sequence[str], part: str) -> None:
-    """Raises LearnerError when a saved optimizer is of other parameters, or has them in another order."""
+def require_same_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, order: Sequence[str], part: str) -> None:
+    """Raises LearnerError when a saved optimizer is of another kind or other parameters, or has them in another order."""
+    if saved["kind"] != type(optimizer).__name__:
+        raise LearnerError(
+            f"part {part!r} is trained with {type(optimizer).__name__}, but the checkpoint's optimizer is {saved['kind']}",
+            rule="a run goes on with the optimizer that it began with",
+            remedy="put the setting back, or start a new run",
+        )
     if [n for group in saved["groups"] for n in group["params"]] != list(order):
         raise LearnerError(
             f"a checkpoint has other parameters in part {part!r}", rule="a run goes on with the modules that it began with"

@@ -10,7 +10,6 @@ same data.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from algorithms.base import Algorithm
 from fleet.batch import Windows
-from fleet.errors import LearnerError, StorageError
+from fleet.errors import LearnerError
 from fleet.robot import SOURCE_NAMES
 from learner.agree import require_equal
 from learner.background import Fact
@@ -161,8 +160,7 @@ class Loop:
             self._note(self._keep.facts(flush=True))
         finally:
             self._keep.close()
-            with contextlib.suppress(StorageError):  # a run does not end because its trace found no room
-                self._budget.close()
+            self._budget.close()
         self._tell(force=True)
         return progress
 

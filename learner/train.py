@@ -24,7 +24,7 @@ from fleet.spec import RobotSpec
 from learner.agree import all_specs, newest_checkpoint
 from learner.beginning import changed_settings, make_policy, settings_of, wait_for_data
 from learner.budget import Budget
-from learner.checkpoint import Checkpoints
+from learner.checkpoint import Checkpoint, Checkpoints
 from learner.engine import Engine
 from learner.engines import make_engine
 from learner.feed import allocator
@@ -125,14 +125,8 @@ def make_loop(
     )
     with memory_errors(tables["engine"], ranks):
         policy.to(device)
-    publisher = None
-    if ranks.first:
-        store = ReleaseStore(run.releases, run.keys)
-        if checkpoint is not None:
-            store.never_reuse(int(checkpoint.meta["release"]))
-        publisher = Publisher(store, keep=config.keep_releases)
     budget = Budget(device, run.logs / f"trace-{ranks.rank}.json", config.trace_steps, rank=ranks.rank)
-    keep = Keep(ranks, publisher, checkpoints if ranks.first else None, device, budget)
+    keep = _make_keep(run, config, checkpoints, checkpoint, device, budget, ranks)
     write = journal.write if ranks.first else _nothing
     loop = Loop(
         feed or source,
@@ -154,14 +148,13 @@ def make_loop(
         write=write,
     )
     if checkpoint is not None:
-        nobodys = loop.resume(checkpoint)
         write(
             "resumed",
             step=checkpoint.step,
             version=keep.release,
             passed_over=checkpoints.refused,
             ranks=ranks.size,
-            shards_left_out=nobodys,
+            shards_left_out=loop.resume(checkpoint),
             changed=changed_settings(checkpoint.meta["settings"], settings_of(tables)),
         )
     return loop
@@ -185,6 +178,24 @@ def make_phases(policy: Any, tables: Mapping[str, Any], device: torch.device, ra
     if not tables["start"].name:
         return [Phase("start", config.start_steps, builder("algorithm")), Phase("online", config.steps, None)]
     return [Phase("start", config.start_steps, builder("start")), Phase("online", config.steps, builder("algorithm"))]
+
+
+def _make_keep(
+    run: RunFolder,
+    config: LearnerConfig,
+    checkpoints: Checkpoints,
+    checkpoint: Checkpoint | None,
+    device: torch.device,
+    budget: Budget,
+    ranks: Ranks,
+) -> Keep:
+    """Publishes and checkpoints on the first rank."""
+    if not ranks.first:
+        return Keep(ranks, None, None, device, budget)
+    store = ReleaseStore(run.releases, run.keys)
+    if checkpoint is not None:
+        store.never_reuse(int(checkpoint.meta["release"]))
+    return Keep(ranks, Publisher(store, keep=config.keep_releases), checkpoints, device, budget)
 
 
 def choose_device(name: str) -> torch.device:

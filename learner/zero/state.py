@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fleet.errors import LearnerError
-from learner.engine import load_optimizer, optimizer_state, require_same_parameters
+from learner.engine import load_optimizer, optimizer_state, require_same_optimizer
 from learner.ranks import Ranks
 
 SHARED_STATE = ("step", "mu_product")  # optimizer state that is one number for all elements
@@ -25,7 +25,7 @@ class Shares:
         name: Of the part.
         trained: Its trained parameters by name.
         shapes: Of everything in the module's state dict when it was whole.
-        fixed: Whole values of the parameters that are not trained, by parameter.
+        fixed: Parameters that are not trained, and their whole values as they were before any bfloat16.
         groups: Names by parameter group of the optimizer.
         base: The part's own optimizer; in a sharded part it steps flat tensors, see ``flats``.
         zero: DeepSpeed's, around it.
@@ -108,9 +108,10 @@ class Shares:
         elif self.stage == 3:
             for i in range(len(self.zero.fp16_groups)):
                 self.zero._reassign_or_swap_out_partitioned_parameters(i)
-            with deepspeed.zero.GatheredParameters([*self.fixed], modifier_rank=0), torch.no_grad():
-                for p, value in self.fixed.items():
-                    p.copy_(value)
+        # Does nothing with parameters that are not sharded.
+        with deepspeed.zero.GatheredParameters([*self.fixed], modifier_rank=0), torch.no_grad():
+            for p, value in self.fixed.items():
+                p.copy_(value)
 
     def flats(self) -> list[tuple[Tensor, list[nn.Parameter]]]:
         """The flat tensors that a sharded optimizer steps, each with the parameters that it holds a share of."""
@@ -134,15 +135,13 @@ class Shares:
                     own = safe_get_full_optimizer_state(p, key).cpu() if cut else copy.deepcopy(value)
                     state.setdefault(names[p], {})[key] = own
         groups = [{**group, "params": names} for group, names in zip(self.base.param_groups, self.groups, strict=True)]
-        return {"state": state, "groups": groups}
+        return {"kind": type(self.base).__name__, "state": state, "groups": groups}
 
     def load_state(self, saved: Mapping[str, Any]) -> None:
         """Takes what ``state`` of any engine returned."""
         if not self.stage:
             return load_optimizer(self.base, self.trained, saved, self.name)
-        require_same_parameters(saved, [name for group in self.groups for name in group], self.name)
-        for group, old in zip(self.base.param_groups, saved["groups"], strict=True):
-            group.update({key: value for key, value in old.items() if key != "params"})
+        require_same_optimizer(saved, self.base, [name for group in self.groups for name in group], self.name)
         names, state = {p: name for name, p in self.trained.items()}, saved["state"]
         self.base.state.clear()
         for flat, parameters in self.flats():

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from algorithms.bc import Bc
 from fleet.errors import LearnerError
 from fleet.journal import read_journal
 from fleet.server.releases import ReleaseStore
@@ -290,6 +291,35 @@ def test_a_changed_configuration_is_refused_with_both_sides(tmp_path, change, ma
         tables["algorithm"].name, tables["algorithm"].config = change["algorithm"], {"batch_size": 16}
     with pytest.raises(LearnerError, match=match):
         train_toy(run, tables)
+
+
+def bc_tables(steps, learning_rate):
+    tables = make_tables(steps=steps, start_steps=1)
+    tables["algorithm"].name, tables["algorithm"].config = "bc", {"batch_size": 16, "learning_rate": learning_rate}
+    return tables
+
+
+def test_a_changed_learning_rate_is_taken_and_said(tmp_path):
+    run = make_run(tmp_path / "run")
+    train_toy(run, bc_tables(20, 1e-3))
+    loop = train_toy(run, bc_tables(40, 0.0))
+    before = Checkpoints(run.checkpoints).load(20).state["parts"]["policy"]
+    after = loop._engine.weights()["policy"]
+    assert all(torch.equal(after[name], before[name]) for name in before), "nothing is learnt at a rate of 0"
+    resumed = next(line for line in read_journal(run.logs / "learner.jsonl") if line["kind"] == "resumed")
+    assert resumed["changed"] == {"algorithm.config.learning_rate": [1e-3, 0.0], "learner.steps": [20, 40]}
+
+
+def test_another_optimizer_is_refused_with_both_sides(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    train_toy(run, bc_tables(20, 1e-3))
+
+    def make_sgd(self, parameters):
+        return torch.optim.SGD(parameters, lr=self.config.learning_rate)
+
+    monkeypatch.setattr(Bc, "_make_optimizer", make_sgd)
+    with pytest.raises(LearnerError, match="trained with SGD, but the checkpoint's optimizer is AdamW"):
+        train_toy(run, bc_tables(40, 1e-3))
 
 
 def test_the_meta_says_what_an_auditor_asks(tmp_path):

@@ -172,7 +172,7 @@ def test_a_batch_without_weight_is_passed_over():
 
 
 def test_optimizer_state_is_kept_by_name():
-    first, second = make_pair(), make_pair(learning_rate=0.3)
+    first, second = make_pair(), make_pair()
     engines = engine_of(first), engine_of(second)
     engines[0].update("policy", first.loss, pair_batch())
     state = engines[0].state()

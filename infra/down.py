@@ -62,7 +62,7 @@ def _end_server(run: RunFolder, timeout_s: float, say: Callable[[str], None]) ->
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
     deadline, said = time.monotonic() + timeout_s, 0.0
-    while not _free(run):
+    while recorded(lock_file(run)) == pid:
         if time.monotonic() > deadline:
             raise FleetError(
                 f"process {pid} did not end within {timeout_s:.0f} s; it waits for {_awaited(run)}",

@@ -23,7 +23,7 @@ from fleet.errors import FleetError
 from fleet.runfolder import RunFolder
 from infra.driver_status import read_status, write_status
 from infra.enroll import enroll_here
-from infra.run_config import load_tables
+from infra.run_config import load_plain_tables
 from infra.supervisor import end_recorded, record
 
 log = logging.getLogger("fleet.driver")
@@ -164,7 +164,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     run, stop = RunFolder.open(args.run), threading.Event()
     try:
-        driver = Driver(run, load_tables(run.config, []), args.address, stop)
+        driver = Driver(run, load_plain_tables(run.config, []), args.address, stop)
         driver.take_signals()
         driver.work()
     except NoCluster as error:

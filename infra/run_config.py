@@ -60,30 +60,59 @@ def load_tables(path: Path, overrides: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: With file, key, value, rule and the nearest known key.
     """
-    tables = load_run(path, PROCESS_TABLES, overrides)  # under a second: wrong files are told before torch is loaded
-    from learner.main import LEARNER_TABLES, check_learner_tables
+    tables = load_plain_tables(path, overrides)  # under a second: wrong files are told before torch is loaded
+    from learner.main import check_learner_tables
 
-    tables |= load_run(path, {**PROCESS_TABLES, **LEARNER_TABLES}, overrides)
     check_learner_tables(tables)
-    check_nodes(tables)
     return tables
 
 
-def check_nodes(tables: dict[str, Any]) -> None:
-    """Raises ConfigError where the run file alone tells that a run of several nodes cannot work."""
-    names = tables["cluster"].nodes
-    if len(names) > 1 and not tables["run"].shared:
-        raise ConfigError(
-            f"cluster.nodes = {names}, and run.shared is empty",
-            rule="nodes share keys, releases and checkpoints in a folder that all of them mount",
-            remedy="run.shared=/mnt/fleet, or one node",
-        )
-    if (len(names) > 1 or tables["run"].shared) and tables["gateway"].advertise:
-        raise ConfigError(
-            f"gateway.advertise = {tables['gateway'].advertise!r} in a run of several nodes",
-            rule="each node has a gateway at its own address",
-            remedy="leave it empty, and give `fleet enroll` an --endpoint where robots see another address",
-        )
+def load_plain_tables(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The same without what only the classes of policy and algorithm know, for who must not load torch.
+
+    Raises:
+        ConfigError: As ``load_tables``.
+    """
+    from learner.main import LEARNER_TABLES
+
+    tables = load_run(path, {**PROCESS_TABLES, **LEARNER_TABLES}, overrides)
+    check_cluster(tables)
+    return tables
+
+
+def check_cluster(tables: dict[str, Any]) -> None:
+    """Raises ConfigError where tables do not go together: for nodes, ranks and the engine, known before anything starts."""
+    nodes, engine, ranks = tables["cluster"].nodes, tables["engine"], tables["cluster"].ranks
+    advertise, shared = tables["gateway"].advertise, tables["run"].shared
+    rules = [
+        (
+            len(nodes) > 1 and not shared,
+            f"cluster.nodes = {nodes}, and run.shared is empty",
+            "nodes share keys, releases and checkpoints in a folder that all of them mount",
+            "run.shared=/mnt/fleet, or one node",
+        ),
+        (
+            bool(advertise and (len(nodes) > 1 or shared)),
+            f"gateway.advertise = {advertise!r} in a run of several nodes",
+            "each node has a gateway at its own address",
+            "leave it empty, and give `fleet enroll` an --endpoint where robots see another address",
+        ),
+        (
+            engine.name == "torch" and (ranks > 1 or len(nodes) > 1),
+            f"engine.name = 'torch' with cluster.ranks = {ranks}, cluster.nodes = {nodes}",
+            "torch trains with one rank",
+            "engine.name=ddp or deepspeed",
+        ),
+        (
+            engine.name != "deepspeed" and engine.zero_stage != type(engine).zero_stage,
+            f"engine.zero_stage = {engine.zero_stage} with engine.name = {engine.name!r}",
+            "ZeRO is deepspeed's",
+            "engine.name=deepspeed",
+        ),
+    ]
+    for broken, what, rule, remedy in rules:
+        if broken:
+            raise ConfigError(what, rule=rule, remedy=remedy)
 
 
 def check_run_file(path: Path, overrides: list[str]) -> list[str]:

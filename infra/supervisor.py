@@ -192,7 +192,17 @@ def end_recorded(pid_file: Path, timeout_s: float = 10.0) -> None:
 
 
 def start_of(pid: int) -> str:
-    """When a live process began, as the system writes it; "" if there is none."""
+    """When a live process began, as the system writes it, the same text at every call; "" if there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "" if Path("/proc/self/stat").exists() else _start_by_ps(pid)
+    return "" if fields[0] in "ZX" else f"{fields[19]} {boot}"
+
+
+def _start_by_ps(pid: int) -> str:
+    """Where there is no /proc."""
     shown = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
     state, _, started = shown.stdout.strip().partition(" ")
     return "" if state.startswith("Z") else started.strip()

@@ -9,11 +9,11 @@ ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def fleet(*arguments):
+def fleet(*arguments, **environment):
     """Starts a command of the command line in the background, in a process group of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "infra.cli", *map(str, arguments)],
-        env=ENV,
+        env=ENV | environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

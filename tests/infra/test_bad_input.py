@@ -65,6 +65,27 @@ def test_a_wrong_key_on_the_command_line_is_named(run_file):
     assert code == 2 and "stepz" in said and "steps" in said
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["engine.name=zero"], ["engine.name", "deepspeed"]),
+        (["engine.name=deepspeed", "engine.zero_stage=4"], ["zero_stage = 4", "0, 1, 2 or 3"]),
+        (["engine.zero_stage=3"], ["zero_stage = 3", "engine.name=deepspeed"]),
+        (["engine.offload_optimizer=true"], ["offload_optimizer", "engine.name=deepspeed"]),
+        (["engine.name=deepspeed", "engine.zero_stage=3", "engine.compile=true"], ["engine.compile", "engine.zero_stage=2"]),
+        (["engine.name=torch", "cluster.ranks=2"], ["cluster.ranks = 2", "engine.name=ddp"]),
+        (["cluster.ranks=2", "cluster.min_ranks=3"], ["min_ranks = 3", "ranks = 2"]),
+        (["cluster.nodes=[a, b]"], ["cluster.nodes", "run.shared"]),
+        (["run.shared=s3://bucket/runs"], ["s3://bucket/runs", "mount"]),
+    ],
+)
+def test_an_engine_or_cluster_that_cannot_be_is_named_before_anything_starts(run_file, overrides, words):
+    code, said = fleet("config", "check", run_file(), *overrides)
+    assert code == 2 and "Traceback" not in said
+    for word in words:
+        assert word in said
+
+
 def test_process_tables_are_checked_in_under_a_second_of_work(run_file):
     start = time.monotonic()
     code, said = fleet(

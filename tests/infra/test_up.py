@@ -49,7 +49,8 @@ def poll_until(local, condition, timeout_s=20):
 def test_a_learner_that_cannot_go_on_is_told_once_and_never_started_again(local, caplog):
     told = {"what": "the loss is not finite", "rule": "it is finite", "remedy": "a smaller learning rate"}
     driver = drive(local, f"sys.exit({CANNOT_GO_ON})", state="failed", error=told)
-    poll_until(local, lambda status: status["state"] == "failed")
+    poll_until(local, lambda status: local.failure is not None)
+    assert local.poll()["state"] == "failed"
     assert local.failure.remedy == "a smaller learning rate" and "smaller learning rate" in local.poll()["last_error"]
     time.sleep(0.5)
     local.poll()

@@ -132,13 +132,7 @@ def make_loop(
         feed or source,
         instructions_KE,
         make_phases(policy, tables, device, ranks),
-        LoopSettings(
-            seed=config.seed,
-            publish_every=config.publish_every,
-            checkpoint_every=config.checkpoint_every,
-            first_release=max(config.start_steps, 1),
-            meta={"policy": described, "seed": config.seed, "run_id": run.run_id, "settings": settings_of(tables)},
-        ),
+        _settings(config, {"policy": described, "seed": config.seed, "run_id": run.run_id, "settings": settings_of(tables)}),
         device=device,
         ranks=ranks,
         pace=Pace(config.rate_limiter(), write),
@@ -178,6 +172,16 @@ def make_phases(policy: Any, tables: Mapping[str, Any], device: torch.device, ra
     if not tables["start"].name:
         return [Phase("start", config.start_steps, builder("algorithm")), Phase("online", config.steps, None)]
     return [Phase("start", config.start_steps, builder("start")), Phase("online", config.steps, builder("algorithm"))]
+
+
+def _settings(config: LearnerConfig, meta: dict[str, Any]) -> LoopSettings:
+    return LoopSettings(
+        seed=config.seed,
+        publish_every=config.publish_every,
+        checkpoint_every=config.checkpoint_every,
+        first_release=max(config.start_steps, 1),
+        meta=meta,
+    )
 
 
 def _make_keep(

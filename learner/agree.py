@@ -14,8 +14,9 @@ from torch import Tensor
 from algorithms.base import Algorithm
 from fleet.errors import LearnerError
 from fleet.spec import RobotSpec
-from learner.checkpoint import Checkpoint, Checkpoints, pack, to_arrays, unpack
+from learner.checkpoint import Checkpoint, Checkpoints
 from learner.ranks import Ranks
+from learner.tensor_file import pack, to_arrays, unpack
 
 if TYPE_CHECKING:
     from learner.supply import BatchSource

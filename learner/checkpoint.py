@@ -30,15 +30,10 @@ from learner.tensor_file import (
     PIECE_BYTES,
     bytes_of,
     layout,
-    pack,
     put_tensors,
     read_tensors,
     take_tensors,
-    to_arrays,
-    unpack,
 )
-
-__all__ = ["Checkpoint", "Checkpoints", "pack", "to_arrays", "unpack"]
 
 log = logging.getLogger("fleet.learner")
 FORMAT = 1

@@ -15,8 +15,8 @@ from algorithms.base import Batch
 from algorithms.policies.base import INSTRUCTION
 from buffer.gather import Allocate
 from fleet.batch import Windows
-from learner.checkpoint import pack, to_arrays, unpack
 from learner.ranks import Ranks
+from learner.tensor_file import pack, to_arrays, unpack
 
 
 def allocator(device: torch.device) -> Allocate:

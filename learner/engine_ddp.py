@@ -27,7 +27,7 @@ class DdpEngine(TorchEngine):
 
     def __init__(self, algorithm: Algorithm, config: EngineConfig, device: torch.device, ranks: Ranks) -> None:
         super().__init__(algorithm, config, device, ranks)
-        self._seen_buffers = {name: _versions(module) for name, module in self._modules.items()}
+        self._seen_buffers = {name: buffer_versions(module) for name, module in self._modules.items()}
 
     def _wrap(self, module: LossModule) -> nn.Module:
         # Only broadcast_buffers is understood by old and new torch. Unused parameters: the loss and the data decide.
@@ -46,7 +46,7 @@ class DdpEngine(TorchEngine):
 
     def _backward(self, part: str, loss: LossFunction, batch: Batch, timed: Timed) -> Numbers:
         numbers = super()._backward(part, loss, batch, timed)
-        if _versions(self._modules[part]) != self._seen_buffers[part]:
+        if buffer_versions(self._modules[part]) != self._seen_buffers[part]:
             numbers.changed_buffers = numbers.changed_buffers + 1
         return numbers
 
@@ -54,9 +54,9 @@ class DdpEngine(TorchEngine):
         if float(numbers.changed_buffers):
             for buffer in self._modules[part].buffers():
                 dist.broadcast(buffer, 0)
-            self._seen_buffers[part] = _versions(self._modules[part])
+            self._seen_buffers[part] = buffer_versions(self._modules[part])
 
 
-def _versions(module: nn.Module) -> list[tuple[int, int]]:
+def buffer_versions(module: nn.Module) -> list[tuple[int, int]]:
     """What changes when a buffer is written to or replaced."""
     return [(id(buffer), buffer._version) for buffer in module.buffers()]

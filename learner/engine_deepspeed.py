@@ -34,6 +34,7 @@ from learner.engine import (
     training_only,
     untimed,
 )
+from learner.engine_ddp import buffer_versions
 from learner.main import EngineConfig
 from learner.memory import memory_errors
 from learner.modules import prepare_module
@@ -71,6 +72,7 @@ class DeepSpeedEngine:
         _require_own_parameters(algorithm, config)
         self._parts = {name: ZeroPart(name, part, config, device, ranks) for name, part in algorithm.parts.items()}
         self._trained: dict[str, Mapping[str, nn.Parameter]] = {name: part.trained for name, part in self._parts.items()}
+        self._seen_buffers = {name: buffer_versions(module) for name, module in self._modules.items()}
         self._sum_over_ranks = RankSums(ranks)
         self._per_sample: dict[str, list[Tensor]] = {}
 
@@ -91,6 +93,7 @@ class DeepSpeedEngine:
                     zero.skip()
                 read = numbers.read(torch.tensor(norm, device=self._device))
                 require_finite(part, read)
+                self._share_buffers(part, numbers)
         return read
 
     def _backward(self, part: str, loss: LossFunction, batch: Batch, timed: Timed) -> Numbers:
@@ -105,7 +108,16 @@ class DeepSpeedEngine:
                 zero.engine.backward(out.sum, scale_wrt_gas=False)
             numbers.add(out)
             per_sample.append(out.per_sample_B[:rows])
+        if buffer_versions(self._modules[part]) != self._seen_buffers[part]:
+            numbers.changed_buffers = numbers.changed_buffers + 1
         return numbers
+
+    def _share_buffers(self, part: str, numbers: Numbers) -> None:
+        """Buffers that a loss changes (running statistics) are rank 0's afterwards."""
+        if float(numbers.changed_buffers):
+            for buffer in self._modules[part].buffers():
+                dist.broadcast(buffer, 0)
+            self._seen_buffers[part] = buffer_versions(self._modules[part])
 
     def per_sample(self, part: str) -> Tensor:
         """See Engine. Copied when it is asked for."""
@@ -182,6 +194,6 @@ def _start(device: torch.device, ranks: Ranks) -> None:
     # It calls exchanges by their former names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not dist.is_initialized():
-        backend, store = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", torch._C._distributed_c10d.HashStore()
+        backend, store = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(auto_mpi_discovery=False)

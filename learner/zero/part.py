@@ -40,7 +40,9 @@ class ZeroPart:
         names = {id(p): key for key, p in self.trained.items()}
         groups = [[names[id(p)] for p in group["params"]] for group in base.param_groups]
         shapes = {key: value.shape for key, value in module.state_dict().items()}
-        fixed = {p: p.detach().clone() for p in self.sharded if not p.requires_grad}
+        fixed = {p: p.detach().to("cpu", copy=True) for p in self.sharded if not p.requires_grad}
+        lower = config.dtype == "bfloat16" and self.stage > 0
+        exact = {key: value.to("cpu", copy=True) for key, value in module.state_dict().items()} if lower else {}
         self._total = TotalLoss(LossModule(name, module, config.dtype), self.trained, self.stage, ranks)
         settings = _deepspeed_config(config, self.stage, num_trained, device)
         self.engine, self._zero, *_ = deepspeed.initialize(model=self._total, optimizer=base, config=settings)
@@ -48,10 +50,7 @@ class ZeroPart:
         if self.stage:
             # The scale is set here; what DeepSpeed does about it is to print a line when a step is not made.
             self._zero._update_scale = lambda has_overflow=False: None
-        if self.stage < 3:
-            for p, value in fixed.items():
-                p.data = value  # they are not trained, so bfloat16 would lose what float32 has
-        else:
+        if self.stage == 3:
             own = list(module.parameters(recurse=False))  # which the module's methods use at any time
             for p in own:
                 deepspeed.zero.register_external_parameter(self._total, p)
@@ -63,6 +62,8 @@ class ZeroPart:
             if any(p.dtype == torch.bfloat16 for p in owner.parameters(recurse=False))
         ]
         self._shares = Shares(name, module, self.stage, self.trained, shapes, fixed, groups, base, self._zero, device, ranks)
+        if exact:  # DeepSpeed has made its float32 weights of bfloat16 ones
+            self.load_weights(exact)
 
     def forward(self, loss: LossFunction, micro: Batch, factor: float, last: bool) -> LossOutput:
         """The loss of some rows; ranks exchange gradients in the backward pass of the ``last`` ones."""

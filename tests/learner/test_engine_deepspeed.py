@@ -26,10 +26,13 @@ class TwoParts:
 
     name = "two_parts"
 
+    counts = False  # whether the policy's loss counts rows in a buffer
+
     def __init__(self, optimizer="AdamW", batch_size=7, seed=0):
         torch.manual_seed(seed)
         self.policy = Actor()
         del self.policy.unused, self.policy.rare
+        self.policy.first.bias.requires_grad_(False)
         self.critic = nn.Sequential(nn.Linear(ACTION_DIM, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
         self.target, self.optimizers, self._optimizer = Ema(self.critic, 0.9), {}, optimizer
         self.parts = {name: Part(getattr(self, name), self._maker(name)) for name in ("policy", "critic")}
@@ -56,6 +59,8 @@ class TwoParts:
         actions_BA = self.policy.mean(micro.obs["observation.state"])
         if part == "critic":
             actions_BA = actions_BA.detach()
+        elif self.counts:
+            self.policy.count += len(actions_BA)
         value_B = self.critic(actions_BA).squeeze(-1)
         loss_B = 0.2 * actions_BA.square().sum(-1) - value_B if part == "policy" else (value_B - micro.return_B) ** 2
         return LossOutput((loss_B * micro.weight_B).sum(), micro.weight_B.sum(), loss_B, {"value": value_B.mean()})
@@ -122,7 +127,7 @@ def everything(ranks, folder, half):
         for name, more in SETTINGS.items():
             found[name, stage] = train(ranks, name="deepspeed", zero_stage=stage, **more)
         found["loaded", stage] = loaded(ranks, stage, half)
-        for check in (refused, held, used_now_and_then, only_the_first_counts, given_back):
+        for check in (refused, held, used_now_and_then, only_the_first_counts, counted, given_back):
             found[check.__name__, stage] = check(ranks, stage)
         if stage:
             found["offload", stage] = train(ranks, 4, name="deepspeed", zero_stage=stage, offload_optimizer=True, micro_batch=2)
@@ -381,13 +386,14 @@ def test_closed_engines_leave_plain_modules(zero, stage):
 
 
 def in_bfloat16(ranks, stage):
-    """The curve in bfloat16, and whether float32 weights come back as they were put in."""
+    """The curve in bfloat16, and whether float32 weights come back as the algorithm made them and as they were put in."""
     curve = train(ranks, 5, name="deepspeed", zero_stage=stage, dtype="bfloat16", micro_batch=2, activation_checkpointing=True)
     algorithm, engine = make(ranks, stage, dtype="bfloat16")
+    kept = same(engine.weights(), {name: dict(part.module.state_dict()) for name, part in TwoParts().parts.items()})
     engine.load_weights(curve.weights)
     engine.load_state(curve.state)
-    kept = same(engine.weights(), curve.weights) and same(engine.state(), curve.state)
-    dtypes = {p.dtype for p in algorithm.policy.parameters()}, {b.dtype for b in algorithm.policy.buffers()}
+    kept = kept and same(engine.weights(), curve.weights) and same(engine.state(), curve.state)
+    dtypes = {p.dtype for p in algorithm.policy.parameters() if p.requires_grad}, {b.dtype for b in algorithm.policy.buffers()}
     return curve, kept, dtypes
 
 
@@ -426,3 +432,16 @@ def test_parts_that_cannot_be_sharded_are_refused(zero):
     assert all("engine.zero_stage" in said and "rule:" in said for said in told)
     assert "Adagrad" in told[0] and "float64" in told[1] and "both train" in told[2]
     assert stages == {"policy": 3, "critic": 0}
+
+
+def counted(ranks, stage):
+    algorithm, engine = make(ranks, stage)
+    algorithm.counts = True
+    for step in range(2):
+        engine.update("policy", algorithm.loss, rows_of(ranks, step))
+    return float(algorithm.policy.count)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_buffers_that_a_loss_changes_are_those_of_the_first_rank(zero, stage):
+    assert [rank["counted", stage] for rank in zero[:2]] == [6.0, 6.0]  # 3 of 7 rows each time; rank 1 has 4

@@ -11,6 +11,7 @@ and while they are read, so neither takes a second copy in memory.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -95,12 +96,12 @@ class Checkpoints:
             self._files.make_folders(self._folder)
             self._sweep()
             self._files.mkdir(part)
-            sums = {
-                _TENSORS: self._write(part / _TENSORS, itertools.chain([head], map(bytes_of, ordered))),
-                _META: self._write(part / _META, [json.dumps(meta, indent=1).encode()]),
-            }
-            self._write(part / _SUMS, ["".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()])
-            self._files.fsync_dir(part)
+            try:
+                self._write_all(part, itertools.chain([head], map(bytes_of, ordered)), json.dumps(meta, indent=1).encode())
+            except OSError:
+                with contextlib.suppress(OSError):  # of a full disk robots need the rest
+                    self._sweep()
+                raise
             if target.exists():  # a damaged one that was passed over: the run came by here again
                 self._files.replace(target, target.with_suffix(".gone"))
             self._files.replace(part, target)
@@ -155,6 +156,12 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self._folder / f"{step:010d}"
+
+    def _write_all(self, folder: Path, tensors: Iterable[bytes | memoryview], meta: bytes) -> None:
+        """The three files of a checkpoint, durably."""
+        sums = {_TENSORS: self._write(folder / _TENSORS, tensors), _META: self._write(folder / _META, [meta])}
+        self._write(folder / _SUMS, ["".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()])
+        self._files.fsync_dir(folder)
 
     def _write(self, path: Path, pieces: Iterable[bytes | memoryview]) -> str:
         """Writes a file durably, and returns its sha256."""

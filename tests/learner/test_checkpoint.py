@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import random
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from algorithms.bc import Bc
-from fleet.errors import LearnerError
+from fleet.errors import DiskFull, LearnerError
 from fleet.journal import read_journal
 from fleet.server.releases import ReleaseStore
 from learner.checkpoint import Checkpoint, Checkpoints
+from tests.faults.disk_model import Unsynced
 from tests.learner_toys import MemorySource, make_run, make_tables, make_toy_loop, state_of, train_toy
 
 STATE = {
@@ -184,6 +186,25 @@ def test_a_checkpoint_is_never_twice_in_memory(tmp_path):
         for what in ("save", "load")
     ]
     assert grown[0] < 40 and 100 < grown[1] < 128 + 40, f"{grown} MB for a checkpoint of 128 MB"
+
+
+class FullDisk(Unsynced):
+    def __init__(self, room):
+        self.room = room
+
+    def write(self, fd, buffers):
+        self.room -= sum(map(len, buffers))
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().write(fd, buffers)
+
+
+@pytest.mark.parametrize("room", [0, 100, 400, 1000])
+def test_a_full_disk_is_left_as_it_was(tmp_path, room):
+    save_steps(tmp_path, 1)
+    with pytest.raises(DiskFull, match="checkpoint 0000000002"):
+        Checkpoints(tmp_path, files=FullDisk(room)).save(Checkpoint(2, {"note": "x" * 1000}, STATE))
+    assert [path.name for path in tmp_path.iterdir()] == ["0000000001"] and Checkpoints(tmp_path).newest().step == 1
 
 
 def test_what_a_killed_save_left_is_swept(tmp_path):

@@ -230,6 +230,16 @@ def test_ranks_that_have_no_room_yet_are_said_to_wait(cluster, tmp_path):
         learner.stop()
 
 
+def test_a_worker_that_nobody_asks_ends_itself():
+    script = (
+        "import sys, time\nfrom learner.cluster import worker\nworker.LEASH_S = 2.0\none = worker.Worker()\n"
+        "for _ in range(int(sys.argv[1])):\n    time.sleep(0.5); one.status()\n"
+        "print('asked', flush=True); time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, "8"], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.returncode) == ("asked\n", 1)
+
+
 def test_a_placed_function_reports_fails_comes_back_and_stops(cluster, tmp_path):
     placed = cluster.Placed(
         "evaluator", SERVE, {"word": "yes", "fail_at": 3}, 0.5, rule=RestartRule(first_s=0.1), output=tmp_path / "out.log"

@@ -204,7 +204,7 @@ def actor(node_id: str, cpus: float, gpus: float, output: str) -> Any:
 
 
 def kill_worker(pid: int) -> None:
-    """Ends a worker of Ray on this machine at once; ``ray.kill`` asks, and one that is stuck does not listen."""
+    """Ends a worker of Ray on this machine at once; ``ray.kill`` asks first, and gives one that is stuck 5 s."""
     try:
         if pid and Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
             os.kill(pid, signal.SIGKILL)

@@ -103,13 +103,14 @@ def test_an_import_is_not_ended(tmp_path):
     assert refused.returncode == 2 and f"an import (process {os.getpid()})" in said
 
 
-def test_a_pid_in_the_lock_that_another_process_got_meanwhile_is_left_alone(tmp_path):
+def test_a_number_that_another_process_got_meanwhile_is_left_alone(tmp_path):
     run = RunFolder.create(tmp_path / "run")
     run.config.write_text(RUN_FILE)
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         time.sleep(0.2)
-        (run.path / "run.lock").write_text(f"{bystander.pid} Sat Nov 21 03:43:29 2020\nfleet up\n")
+        for path in (run.path / "run.lock", run.logs / "gateway.pid"):
+            path.write_text(f"{bystander.pid} an earlier start\nfleet up\n")
         down(run.path, lambda text: None)
         assert bystander.poll() is None
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,10 +14,11 @@ NOT_SHOWN = ("time_ns", "driver", "ranks", "evaluators", "error")  # of no use i
 
 
 def write_status(run: RunFolder, status: Mapping[str, Any]) -> None:
-    """Replaces the file whole. It need not outlive a power loss, so nothing is fsynced."""
+    """Replaces the file whole. It need not outlive a power loss, so nothing is fsynced; a full disk does not end who writes."""
     partial = run.learner_status.with_suffix(".partial")
-    partial.write_text(json.dumps(status))
-    os.replace(partial, run.learner_status)
+    with contextlib.suppress(OSError):
+        partial.write_text(json.dumps(status))
+        os.replace(partial, run.learner_status)
 
 
 def read_status(run: RunFolder) -> dict[str, Any]:

@@ -117,6 +117,7 @@ class LocalRun:
         self.failure: FleetError | None = None
         self._status: dict[str, Any] = {}
         self._furthest = 0
+        self._heard = (0, 0.0)  # the newest status of the driver, and when it came
         self._measured = ["gateway", "learner", *(["evaluator"] if tables["evaluator"].every else [])]
 
     def _appear(self) -> Presence:
@@ -195,14 +196,16 @@ class LocalRun:
         own = status.get("driver") == driver.last_pid
         if not own:
             status |= {"state": "starting", "waiting": "", "pid": 0, "ranks": []}
-        elif driver.running and time.time_ns() - status["time_ns"] > SILENT_S * 1e9:
+        elif status["time_ns"] != self._heard[0]:
+            self._heard = status["time_ns"], time.monotonic()
+        elif driver.running and time.monotonic() - self._heard[1] > SILENT_S:
             log.error("the driver says nothing any more: it is ended and started again")
             os.kill(driver.last_pid, signal.SIGKILL)
         if status.get("step", 0) > self._furthest:
             self._furthest = status["step"]
             driver.ends.clear()
         if own and driver.exit_code == CANNOT_GO_ON and self.failure is None:
-            told = status["error"]
+            told = status.get("error") or {"what": last_lines(driver.log), "rule": "", "remedy": ""}
             self._fail(FleetError(told["what"], rule=told["rule"], remedy=told["remedy"]))
         if self.failure is not None:
             status |= {"state": "failed", "last_error": str(self.failure)}

@@ -82,8 +82,8 @@ def scrape(path):
 @pytest.mark.timeout(60)
 def test_prometheus_endpoints_tell_what_the_journals_tell(toy_run):
     toy_run.until(lambda: toy_run.status.get("pid"), 30)
+    toy_run.until(lambda: scrape(toy_run.run.path / "gateway.json")["fleet_robots_live",] == 2, 30)
     gateway, learner = scrape(toy_run.run.path / "gateway.json"), scrape(toy_run.run.path / "learner.json")
-    assert gateway["fleet_robots_live",] == 2
     assert sum(v for k, v in gateway.items() if k[0] == "fleet_steps_ingested_total" and "sim-00" in k) > 0
     for name in ("fleet_robot_version_lag", "fleet_robot_spool_depth", "fleet_robot_last_seen_seconds"):
         assert any(key[0] == name and "sim-01" in key for key in gateway)

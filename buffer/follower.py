@@ -115,17 +115,21 @@ class Follower:
     def state(self) -> dict[str, Any]:
         """Up to where the log was read, for ``steps_since``."""
         newest = max(self._segments, default=0)
-        if not newest:
-            return {"segment": 0, "file": "", "num_steps": 0}
-        return {"segment": newest, "file": self._segments[newest].file, "num_steps": self._segments[newest].num_steps}
+        num_steps = self._segments[newest].num_steps if newest else 0
+        return {"segment": newest, "num_steps": num_steps, "files": [taken.file for taken in self._segments.values()]}
+
+    def reads(self, state: Mapping[str, Any]) -> bool:
+        """Whether a ``state`` is of this log: they have a segment's file in common, whose name has a salt."""
+        return not {taken.file for taken in self._segments.values()}.isdisjoint(state["files"])
 
     def steps_since(self, state: Mapping[str, Any]) -> int:
         """Steps that came since a ``state``, of the tasks that are asked for; of another log's state all are new."""
-        newest = self._segments.get(state["segment"])
-        if newest is not None and newest.file != state["file"]:
+        number = state["segment"]
+        newest = self._segments.get(number)
+        if not self.reads(state) and (newest is not None or number > max(self._segments, default=0)):
             return self._num_steps_of(0)
         more = newest.num_steps - state["num_steps"] if newest is not None else 0
-        return self._num_steps_of(state["segment"] + 1) + max(more, 0)
+        return self._num_steps_of(number + 1) + max(more, 0)
 
     def close(self) -> None:
         self._reader.close()

@@ -48,6 +48,8 @@ class Sampling(Protocol):
 
     def state(self) -> dict[str, Any]: ...
 
+    def reads(self, state: Mapping[str, Any]) -> bool: ...
+
     def load_state(self, state: Mapping[str, Any]) -> int: ...
 
 
@@ -190,12 +192,23 @@ class Prefetcher:
         self.post(lambda: self._sampler.feed_back(windows, loss_B, table))
 
     def state(self) -> dict[str, Any]:
-        """As the sampler, after all that was fed back."""
-        return self.ask(self._sampler.state)
+        """As the sampler, after all that was fed back. What came and was not asked for (``poll``) is not forgotten in it."""
+        return self.ask(lambda: {**self._sampler.state(), "untold": self._num_new})
+
+    def reads(self, state: Mapping[str, Any]) -> bool:
+        """As the sampler."""
+        return self.ask(lambda: self._sampler.reads(state))
 
     def load_state(self, state: Mapping[str, Any]) -> int:
-        """As the sampler, before whatever is asked for later."""
-        return self.ask(lambda: self._sampler.load_state(state))
+        """As the sampler, before whatever is asked for later. What came so far is told here, not by the next ``poll``."""
+
+        def load() -> int:
+            num_new = self._sampler.load_state(state)
+            with self._changed:
+                self._num_new = 0
+            return num_new
+
+        return self.ask(load) + int(state.get("untold", 0))
 
     def post(self, call: Callable[[], None]) -> None:
         """Has something done by the thread that owns the sampler, before whatever is asked for later."""

@@ -203,6 +203,10 @@ class Sampler:
         self._feedback.load_state(state)
         return self._log.steps_since(state["read"])
 
+    def reads(self, state: Mapping[str, Any]) -> bool:
+        """Whether a ``state`` is of the log that is read here, as far as both were read; after a ``poll``."""
+        return self._log.reads(state["read"])
+
     def groups(self, **options: Any) -> list[np.ndarray]:
         """Groups of episodes for GRPO: ``buffer.groups.groups``."""
         return groups.groups(self.index.episodes, **options)

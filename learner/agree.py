@@ -95,13 +95,14 @@ def sampler_states(ranks: Ranks, source: BatchSource) -> dict[str, Any]:
 
 
 def load_sampler(ranks: Ranks, source: BatchSource, states: Mapping[str, Any]) -> tuple[int, list[str]]:
-    """Gives this rank's sampler what its shard's knew. A shard that is not in ``states`` begins with what its log says, and
-    with the mixture that all shards have alike.
+    """Gives this rank's sampler what its shard's knew. A shard is known by its log: nodes may have come, gone or changed their
+    order. One that is not in ``states`` begins with what its log says, and with the mixture that all shards have alike.
 
     Returns:
         How many steps came meanwhile, to all shards; and the shards in ``states`` that nobody reads any more.
     """
-    mine = str(ranks.place.shards[ranks.rank])
-    num_new = source.load_state(to_arrays(states.get(mine, states["0"])))
-    total = ranks.gather([num_new])[ranks.place.leaders].sum()
-    return int(total), [shard for shard in states if int(shard) >= ranks.place.num_shards]
+    known = {shard: to_arrays(state) for shard, state in states.items()}
+    mine = next((shard for shard, state in known.items() if source.reads(state)), None)
+    num_new = source.load_state(known["0" if mine is None else mine])
+    table = ranks.gather([num_new, -1 if mine is None else int(mine)])[ranks.place.leaders]
+    return int(table[:, 0].sum()), [shard for shard in states if int(shard) not in table[:, 1]]

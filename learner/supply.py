@@ -54,11 +54,17 @@ class BatchSource(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """What draws depend on beside (seed, step, position): plain data and numpy arrays."""
+        """What draws depend on beside (seed, step, position), and up to where ``poll`` has told what came: plain data and
+        numpy arrays."""
+        ...
+
+    def reads(self, state: Mapping[str, Any]) -> bool:
+        """Whether a ``state`` is of the log that this reads."""
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> int:
-        """Returns how many steps came since ``state`` was asked for, whatever retention took meanwhile."""
+        """Returns how many steps came since ``state`` was asked for, whatever retention took meanwhile; ``poll`` returns
+        those that come from now on."""
         ...
 
 
@@ -145,12 +151,9 @@ class Supply:
         self._source.feed_back(windows, loss_B, self._ranks.gather(table).sum(0))
 
     def states(self) -> dict[str, Any]:
-        """For a checkpoint, by number of the shard; on the first rank. What is behind them counts as inserted."""
-        states = sampler_states(self._ranks, self._source)
-        self.poll(force=True)
-        self._windows = None
-        self.exchange()
-        return states
+        """For a checkpoint, by number of the shard; on the first rank. What came since the last exchange is new to whoever
+        loads them."""
+        return sampler_states(self._ranks, self._source)
 
     def load(self, states: Mapping[str, Any]) -> list[str]:
         """Takes what ``states`` returned; what came since is inserted. Returns the shards that nobody reads any more."""

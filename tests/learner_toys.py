@@ -64,6 +64,9 @@ class MemorySource:
     def state(self) -> dict[str, Any]:
         return {"read": self._visible}
 
+    def reads(self, state: dict[str, Any]) -> bool:
+        return True
+
     def load_state(self, state: dict[str, Any]) -> int:
         return self._visible - state["read"]
 

@@ -209,6 +209,28 @@ def test_new_steps_are_seen_and_no_data_is_an_answer(make, writer):
     assert set(prefetcher.batch(needs, 0).source_B) == {Source.OPERATOR} and prefetcher.position == 7
 
 
+@pytest.mark.parametrize("depth", [0, 2])
+def test_what_came_is_told_once_whatever_a_state_is_loaded_between(make, writer, depth):
+    prefetcher = make(depth=depth)
+
+    def wait_until(num_steps):
+        while depth and prefetcher.num_steps() < num_steps:
+            time.sleep(0.02)
+
+    writer.add(1)
+    wait_until(120)  # the thread has read them, nobody has asked
+    state = prefetcher.state()
+    writer.add(2)
+    wait_until(160)
+    if not depth:
+        assert prefetcher.poll() == 60
+    assert prefetcher.load_state(state) == 60
+    assert prefetcher.poll() == 0
+    writer.add(1)
+    wait_until(180)
+    assert prefetcher.poll() == 20
+
+
 def test_no_data_ahead_is_looked_for_again_when_its_turn_comes(make, monkeypatch):
     prefetcher = make(Watched, depth=2)
     sampler = prefetcher._sampler

@@ -162,8 +162,20 @@ def test_the_state_of_another_shard_gives_no_scores_and_makes_all_steps_new(samp
     windows = other.batch(needs, 0)
     feed_back(other, windows, np.zeros(len(windows.step_B)))
     assert other.load_state(other.state()) == 0
+    assert other.reads(other.state()) and not mine.reads(other.state())
     assert mine.load_state(other.state()) == mine.num_steps() == len(recorder.drawable())
     assert all((mine.draw(needs, step).facts["weight_B"] == 1).all() for step in range(20)), "no step has a score yet"
+
+
+def test_the_state_of_a_longer_log_is_known_to_be_another(sampler_of, tmp_path):
+    longer = Recorder(tmp_path / "longer", segment_bytes=4000)
+    for number in range(100):
+        longer.fragment(0, number, [D] * 2, opened={"seed": number}, closed="success")
+        longer.commit()
+    longer.close()
+    mine, other = sampler_of(), sampler_of(of=tmp_path / "longer")
+    assert other.state()["read"]["segment"] > mine.state()["read"]["segment"]
+    assert mine.load_state(other.state()) == mine.num_steps() > 0
 
 
 def test_shards_draw_differently_and_ranks_of_one_alike(sampler_of):

@@ -64,6 +64,7 @@ def train(
         RunFolderError: Another learner works on this run.
         LearnerError: A checkpoint does not fit the configuration, all are damaged, a loss is not finite, ranks drifted apart,
             or another rank failed: then its error, with the rank before it.
+        OutOfMemory: Of a GPU or of this machine's memory; the remedy names the settings that help.
         FleetError: The data, the policy or the disk cannot be used.
     """
     with _together(place, tables["learner"].device) as ranks:
@@ -92,8 +93,9 @@ def _train(run: RunFolder, tables: Mapping[str, Any], stop: Callable[[], bool], 
         if not wait_for_data(sampler, config.min_size_to_sample, ranks, stop, report, journal):
             return Progress(steps=config.steps)
         embeddings_KE = torch.tensor([task["embedding"] for task in tasks.values()], dtype=torch.float32)
-        loop = make_loop(run, tables, sampler, sampler.specs, embeddings_KE, journal, report, feed=feed, ranks=ranks)
-        return loop.run(stop)
+        with memory_errors(tables["engine"], ranks):
+            loop = make_loop(run, tables, sampler, sampler.specs, embeddings_KE, journal, report, feed=feed, ranks=ranks)
+            return loop.run(stop)
 
 
 def make_loop(
@@ -123,8 +125,7 @@ def make_loop(
     policy, described = make_policy(
         tables["policy"], checkpoint, all_specs(ranks, specs), instructions_KE.shape[1], source, ranks
     )
-    with memory_errors(tables["engine"], ranks):
-        policy.to(device)
+    policy.to(device)
     budget = Budget(device, run.logs / f"trace-{ranks.rank}.json", config.trace_steps, rank=ranks.rank)
     keep = _make_keep(run, config, checkpoints, checkpoint, device, budget, ranks)
     write = journal.write if ranks.first else _nothing
@@ -161,8 +162,7 @@ def make_phases(policy: Any, tables: Mapping[str, Any], device: torch.device, ra
     def builder(where: str) -> Callable[[], tuple[Algorithm, Engine]]:
         def make() -> tuple[Algorithm, Engine]:
             cls = algorithm_class(tables[where], where)
-            with memory_errors(tables["engine"], ranks):
-                algorithm = cls(policy, cls.Config(**tables[where].config))
+            algorithm = cls(policy, cls.Config(**tables[where].config))
             return algorithm, make_engine(tables["engine"], algorithm, device, ranks)
 
         return make

@@ -12,12 +12,13 @@ import urllib.request
 import pytest
 import torch
 
+from algorithms.hg_dagger import HgDagger
 from algorithms.policies.registry import build
 from buffer.ingest import Ingest
 from buffer.log import Log
 from buffer.reader import LogReader
 from buffer.sampler import Sampler
-from fleet.errors import ConfigError, LearnerError, RunFolderError
+from fleet.errors import ConfigError, LearnerError, OutOfMemory, RunFolderError
 from fleet.journal import read_journal
 from fleet.robot import Source
 from fleet.server.releases import ReleaseStore
@@ -128,6 +129,39 @@ def assert_equal_states(one, other, path):
         assert torch.equal(one, other), path
     else:
         assert one == other, path
+
+
+class Greedy(HgDagger):
+    """Asks for more memory than any machine has: ``greed`` is where."""
+
+    name, greed = "greedy", ""
+
+    def __init__(self, policy, config):
+        self._take("begin")
+        super().__init__(policy, config)
+
+    def prepare(self, batch):
+        self._take("prepare")
+        return super().prepare(batch)
+
+    def after_step(self, step, stats):
+        self._take("after_step")
+        super().after_step(step, stats)
+
+    def _take(self, where):
+        if self.greed == where:
+            torch.empty(1 << 50)
+
+
+@pytest.mark.parametrize("where", ["begin", "prepare", "after_step"])
+def test_out_of_memory_anywhere_names_the_settings_that_help(tmp_path, monkeypatch, where):
+    run = make_run(tmp_path / "run")
+    fill(run)
+    tables = make_tables(start_steps=0)
+    tables["algorithm"].name = f"{__name__}:Greedy"
+    monkeypatch.setattr(Greedy, "greed", where)
+    with pytest.raises(OutOfMemory, match="rank 0 is out of memory.*engine.dtype=bfloat16"):
+        run_train(run, tables)
 
 
 def test_the_learner_waits_for_its_first_steps(tmp_path):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from fastcrc import crc32
 from torch import Tensor
 
 from algorithms.base import Algorithm
@@ -16,7 +17,7 @@ from fleet.errors import LearnerError
 from fleet.spec import RobotSpec
 from learner.checkpoint import Checkpoint, Checkpoints
 from learner.ranks import Ranks
-from learner.tensor_file import pack, to_arrays, unpack
+from learner.tensor_file import bytes_of, pack, to_arrays, unpack
 
 if TYPE_CHECKING:
     from learner.supply import BatchSource
@@ -70,19 +71,29 @@ def require_equal(ranks: Ranks, algorithm: Algorithm, weights: Mapping[str, Mapp
 
 @torch.no_grad()
 def digest(weights: Mapping[str, Mapping[str, Tensor]]) -> int:
-    """48 bits of names, shapes and all bits of the values: from sums of whole numbers (they may overflow), which are the same
-    in whatever order a device adds."""
+    """48 bits of names, types, shapes and all bits of the values. It differs between kinds of devices."""
     sums = hashlib.sha256()
     for part, tensors in sorted(weights.items()):
         for name, tensor in sorted(tensors.items()):
-            bits = tensor.detach().contiguous().reshape(-1).view(_BITS[tensor.element_size()])
-            total, mixed = 0, 0
-            for begin in range(0, len(bits), _CHUNK):
-                piece = bits[begin : begin + _CHUNK].long()
-                place = (torch.arange(begin, begin + len(piece), device=piece.device) % _PRIME) + 1
-                total, mixed = total + int(piece.sum()), mixed + int((piece * place).sum())
-            sums.update(json.dumps([part, name, list(tensor.shape), total, mixed]).encode())
+            checksum = (_crc if tensor.device.type == "cpu" else _bit_sums)(tensor)
+            sums.update(json.dumps([part, name, str(tensor.dtype), list(tensor.shape), checksum]).encode())
     return int.from_bytes(sums.digest()[:6], "big")
+
+
+def _crc(tensor: Tensor) -> int:
+    return crc32.iscsi(bytes_of(tensor))
+
+
+def _bit_sums(tensor: Tensor) -> list[int]:
+    """Sums of whole numbers (they may overflow), which are the same in whatever order a device adds: of the values' bits, and
+    of these times their places. Nothing but the sums leaves the device."""
+    bits = tensor.detach().contiguous().reshape(-1).view(_BITS[tensor.element_size()])
+    sums = torch.zeros(2, dtype=torch.int64, device=bits.device)
+    for begin in range(0, len(bits), _CHUNK):
+        piece = bits[begin : begin + _CHUNK].long()
+        place = (torch.arange(begin, begin + len(piece), device=piece.device) % _PRIME) + 1
+        sums += torch.stack([piece.sum(), (piece * place).sum()])
+    return sums.tolist()
 
 
 def sampler_states(ranks: Ranks, source: BatchSource) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def test_out_of_memory_anywhere_names_the_settings_that_help(tmp_path, monkeypat
     tables = make_tables(start_steps=0)
     tables["algorithm"].name = f"{__name__}:Greedy"
     monkeypatch.setattr(Greedy, "greed", where)
-    with pytest.raises(OutOfMemory, match="rank 0 is out of memory.*engine.dtype=bfloat16"):
+    with pytest.raises(OutOfMemory, match=r"rank 0 is out of memory.*engine\.dtype=bfloat16"):
         run_train(run, tables)
 
 

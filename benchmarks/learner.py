@@ -1,6 +1,6 @@
 """The learner: how long it waits for data, what releases and checkpoints cost it, and steps a second by engine and ranks.
 
-    python -m benchmarks.learner                    # all, about 40 minutes on 2 quiet cores
+    python -m benchmarks.learner                    # all, about 15 minutes on 2 quiet cores
     python -m benchmarks.learner --quick            # all in 5 minutes, with rough numbers that are not saved
     python -m benchmarks.learner --only wait stall
 
@@ -50,7 +50,7 @@ class Counts:
     engine_policies: tuple[str, ...]
 
 
-FULL = Counts(5, 10_000, {MLP: 3000, IMAGE: 60}, BATCH, (MLP, IMAGE))
+FULL = Counts(3, 4000, {MLP: 1200, IMAGE: 18}, 32, (MLP,))
 QUICK = Counts(1, 800, {MLP: 300, IMAGE: 12}, 32, (MLP,))
 
 

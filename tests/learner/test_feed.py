@@ -74,18 +74,24 @@ def test_prefetching_changes_no_weight(tmp_path):
 def test_no_thread_is_left_when_training_fails(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run")
     fill(run)
-    gather, calls = Sampler.gather, []
+    draw, gather, drawn_ahead, ran_ahead = Sampler.draw, Sampler.gather, threading.Event(), []
+
+    def drawing(self, needs, step, newest_version=-1):
+        if step == 9:
+            drawn_ahead.set()
+        return draw(self, needs, step, newest_version)
 
     def broken(self, draw, out=None):
-        calls.append(draw.step)
-        if draw.step == 7:
+        if draw.step == 7:  # the learner waits for it, and has asked for the two after it
+            ran_ahead.append(drawn_ahead.wait(10))
             raise OSError(5, "the disk is gone")
         return gather(self, draw, out)
 
+    monkeypatch.setattr(Sampler, "draw", drawing)
     monkeypatch.setattr(Sampler, "gather", broken)
     with pytest.raises(LearnerError, match=r"batch of step 7 failed.*the disk is gone") as caught:
         train(run, make_tables(), stop=lambda: False, report=lambda progress: None)
-    assert isinstance(caught.value.__cause__, OSError) and max(calls) >= 7
+    assert isinstance(caught.value.__cause__, OSError) and ran_ahead == [True]
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("buffer-")]
 
 

@@ -81,7 +81,6 @@ LEARNER = (
     Metric("fleet_learner_loss", "gauge", "", (), "Loss of the newest report"),
     Metric("fleet_sampleable_latency", "histogram", "seconds", (), "Step executed until the learner can sample it", _LATENCY_S),
     Metric("fleet_learner", "counter", "seconds", ("part",), "Time of the learner by part of an update, see learner/budget.py"),
-    Metric("fleet_learner_data_wait", "counter", "seconds", (), "Time that the learner waited for data"),
     Metric("fleet_learner_batches_ready", "gauge", "", (), "Batches that are ready before the learner asks for them"),
     Metric("fleet_learner_undecodable", "counter", "", (), "Windows left out because an image of theirs cannot be decoded"),
     Metric("fleet_learner_damaged", "counter", "", (), "Places in the log that the learner could not read"),

@@ -59,13 +59,10 @@ def _metered(path: Path, port: int, report: Report) -> tuple[Journal, Report, in
 
     metrics = Metrics(LEARNER)
     bound = metrics.serve(port)
-    waited, seconds = [0.0], Totals(metrics, "fleet_learner", "part")
+    seconds = Totals(metrics, "fleet_learner", "part")
     counted = dict.fromkeys(("undecodable", *COUNTED, "image_cache_hits", "image_cache_misses"), 0.0)
 
     def tell(progress: Progress) -> None:
-        wait_s = progress.seconds.get("wait", 0.0) + progress.seconds.get("sample", 0.0)
-        metrics.add("fleet_learner_data_wait", max(wait_s - waited[0], 0.0))
-        waited[0] = wait_s
         seconds.tell(progress.seconds)
         for name, value in progress.feed.items():
             if name in counted:

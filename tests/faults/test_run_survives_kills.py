@@ -94,7 +94,7 @@ def test_prometheus_endpoints_tell_what_the_journals_tell(toy_run):
     assert learner["fleet_sampleable_latency_seconds_count",] > 0
     assert learner["fleet_buffer_steps", "demo"] > 50
     assert 0 <= learner["fleet_learner_batches_ready",] <= 2 and learner["fleet_learner_undecodable_total",] == 0
-    assert learner["fleet_learner_data_wait_seconds_total",] > 0
+    assert learner["fleet_learner_seconds_total", "sample"] > 0
 
 
 @pytest.mark.timeout(60)

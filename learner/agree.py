@@ -28,14 +28,14 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def newest_checkpoint(ranks: Ranks, checkpoints: Checkpoints) -> Checkpoint | None:
-    """The newest whole one by rank 0's judgement; every rank reads it from the folder that all share.
+    """The newest whole one by rank 0's judgement; every rank reads it from the folder that all share, as slow as that may be.
 
     Raises:
         LearnerError: As ``Checkpoints``.
     """
-    found = checkpoints.newest() if ranks.first else None
+    found = ranks.patiently(lambda: checkpoints.newest() if ranks.first else None)
     step = int(ranks.broadcast_bytes(str(-1 if found is None else found.step).encode()))
-    return found if ranks.first or step < 0 else checkpoints.load(step)
+    return ranks.patiently(lambda: found if ranks.first or step < 0 else checkpoints.load(step))
 
 
 def all_specs(ranks: Ranks, specs: list[RobotSpec]) -> list[RobotSpec]:

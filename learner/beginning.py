@@ -42,6 +42,7 @@ def wait_for_data(
 ) -> bool:
     """Waits until the shards together have ``min_size`` steps; False when ``stop`` of any rank came first."""
     said = False
+    ranks.patiently(source.poll)  # the first look at a long log
     while True:
         source.poll()
         table = ranks.gather([source.num_steps(), stop()])

@@ -159,7 +159,8 @@ class ClusterConfig:
     """Where a node other than the first keeps its part of the run, {node} stands for its name, {run} for the run's;
     empty: ~/.fleet-rl/{run}-{node}."""
     rank_timeout_s: float = 120.0
-    """A rank that does not answer the others for so long is taken for dead."""
+    """A rank that does not answer the others for so long is taken for dead. At the start, reading the log and a checkpoint may
+    take longer."""
     simulators: int = 0
     """Simulated robots that Ray spreads over the cluster."""
 

@@ -10,12 +10,13 @@ Nothing here is a pickle.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import datetime
 import json
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -28,6 +29,7 @@ from learner.placement import RankPlace as RankPlace
 LOOK_S = 0.2  # between two looks at what a rank left, while others wait for it
 LINGER_S = 2.0  # rank 0, which keeps what ranks left, waits so long for the others to read it
 _FAILED, _READ = "failed", "read"
+T = TypeVar("T")
 
 
 class Ranks:
@@ -105,6 +107,23 @@ class Ranks:
         rows = [torch.empty_like(buffer) for _ in range(self.size)]
         self._wait(dist.all_gather(rows, buffer, async_op=True))
         return [row.numpy()[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+    def patiently(self, work: Callable[[], T]) -> T:
+        """``work()`` on every rank, however long it takes on one of them: a thread does it, while this one answers the others.
+
+        Raises:
+            Exception: What ``work`` raised on this rank. As every exchange, what it raised on another one.
+        """
+        if self.size == 1:
+            return work()
+        with concurrent.futures.ThreadPoolExecutor(1, "patiently") as pool:
+            job = pool.submit(work)
+            while not self.gather([(ended := job.done()) and job.exception() is None]).all():
+                if ended and job.exception() is not None:
+                    break
+                time.sleep(LOOK_S if ended else 0.0)
+                concurrent.futures.wait([job], LOOK_S)
+        return job.result()
 
     def fail(self, error: BaseException) -> FleetError | None:
         """This rank cannot go on. Tells the others why, unless one told its reason before: the first one counts.

@@ -1,10 +1,12 @@
+import datetime
 import os
 import time
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
-from fleet.errors import ConfigError, LearnerError
+from fleet.errors import ConfigError, FleetError, LearnerError
 from learner.ranks import RankPlace, Ranks
 from tests.rank_processes import on_ranks
 
@@ -47,6 +49,29 @@ def test_rows_of_a_batch_are_split_without_gap_or_overlap():
 def test_a_rank_that_meets_nobody_says_so():
     with pytest.raises(LearnerError, match="rank 1 of 2"):
         Ranks(RankPlace(1, (0, 0), "tcp://127.0.0.1:9", timeout_s=1.0))
+
+
+def read_slowly(ranks):
+    """Rank 0 takes longer than a rank waits for an answer; then it fails so."""
+    ranks.gather([0])
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1))
+
+    def work(fails=False):
+        time.sleep(2.5 if ranks.first else 0.1)
+        if fails and ranks.first:
+            raise ConfigError("rank 0 cannot")
+        return ranks.rank + 10
+
+    answer = ranks.patiently(work)
+    with pytest.raises(FleetError) as caught:
+        ranks.patiently(lambda: work(fails=True))
+    ranks.fail(caught.value)
+    return answer, str(caught.value), caught.value.code
+
+
+def test_what_takes_longer_on_one_rank_than_others_wait_is_waited_for():
+    zero, one = on_ranks(2, read_slowly)
+    assert zero == (10, "rank 0 cannot", "config") and one == (11, "rank 0: rank 0 cannot", "config")
 
 
 def lose_one(ranks, how):

@@ -23,6 +23,7 @@ class Background:
         self._jobs: dict[str, Job] = {}
         self._facts: list[Fact] = []
         self._error: BaseException | None = None
+        self._full: dict[str, DiskFull] = {}  # kinds whose newest job found no room
         self._busy = self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="learner-files", daemon=True)
@@ -54,6 +55,11 @@ class Background:
             self._changed.wait_for(lambda: not self._jobs and not self._busy)
         return self.facts()
 
+    def require_done(self) -> None:
+        """After ``flush``. Raises DiskFull when the newest job of a kind found no room."""
+        for error in self._full.values():
+            raise error
+
     def close(self) -> None:
         """Ends the thread after the job that it is at; what waits is not done."""
         with self._changed:
@@ -74,7 +80,9 @@ class Background:
             fact, error = None, None
             try:
                 fact = job()
+                self._full.pop(kind, None)
             except DiskFull as full:
+                self._full[kind] = full
                 fact = ("waiting", {"why": f"{kind} waits for room: {full}"})
             except BaseException as raised:  # handed to the loop, which raises it
                 error = raised

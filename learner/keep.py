@@ -70,6 +70,11 @@ class Keep:
             return []
         return self._background.flush() if flush else self._background.facts()
 
+    def require_written(self) -> None:
+        """For the end, when there is no next time. Raises DiskFull when the newest release or checkpoint found no room."""
+        if self._background is not None:
+            self._background.require_done()
+
     def resumed(self, step: int) -> None:
         """The checkpoint of this step is on disk."""
         self._saved = step

@@ -158,6 +158,7 @@ class Loop:
             if self._algorithm is not None:
                 self._checkpoint()
             self._note(self._keep.facts(flush=True))
+            self._keep.require_written()
         finally:
             self._keep.close()
             self._budget.close()
@@ -174,8 +175,7 @@ class Loop:
                 self._engine.close()
             self._algorithm, self._engine = build()
             self._require_equal()
-        began_at = self._phases[phase - 1].until if phase else 0
-        if self._phase != phase and self.progress.step == began_at:
+        if self._phase != phase:
             self._pace.begin()
         self._phase = phase
         algorithm, _ = self._trained()

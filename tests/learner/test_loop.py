@@ -10,6 +10,7 @@ from fleet.errors import DiskFull, LearnerError
 from fleet.journal import read_journal
 from fleet.server.releases import ReleaseStore
 from learner.background import Background
+from learner.checkpoint import Checkpoints
 from tests.learner_toys import (
     BrokenSource,
     MemorySource,
@@ -187,6 +188,15 @@ def test_the_ratio_is_counted_from_the_online_part_and_goes_on_after_a_restart(t
     assert [line["state"] for line in journal_of(run, "rate")] == ["learner ahead"]  # also over the restart
 
 
+def test_a_start_that_is_made_shorter_leaves_no_debt(tmp_path):
+    run = make_run(tmp_path / "run")
+    options = {"checkpoint_every": 50, "samples_per_insert": 16, "error_buffer": 5 * 16}
+    train_toy(run, make_tables(steps=20, start_steps=20, **options))
+    loop = make_toy_loop(run, make_tables(steps=100, start_steps=10, **options), MemorySource(200))
+    run_until_it_waits(loop)
+    assert loop.progress.step == 25
+
+
 def test_the_learner_waits_for_data_of_the_kind_it_needs(tmp_path):
     run = make_run(tmp_path / "run")
     loop = make_toy_loop(run, make_tables(steps=5, start_steps=1), MemorySource(100))
@@ -265,6 +275,19 @@ def test_a_full_disk_delays_releases_only(tmp_path, monkeypatch):
     loop = train_toy(run, make_tables(steps=200, start_steps=10, publish_every=50))
     assert loop.progress.step == 200 and ReleaseStore(run.releases).manifest(1).step == calls[1] > 10
     assert any("no room" in line["why"] for line in journal_of(run, "waiting"))
+
+
+@pytest.mark.parametrize("what", [(ReleaseStore, "publish"), (Checkpoints, "save")])
+def test_a_run_does_not_end_well_while_what_was_learnt_last_has_no_room(tmp_path, monkeypatch, what):
+    run = make_run(tmp_path / "run")
+
+    def full(self, *args, **more):
+        raise DiskFull("no room for it")
+
+    monkeypatch.setattr(*what, full)
+    with pytest.raises(DiskFull, match="no room for it"):
+        train_toy(run, make_tables(steps=20, start_steps=10))
+    assert {"published", "checkpoint"} & {line["kind"] for line in read_journal(run.logs / "learner.jsonl")}
 
 
 def test_time_is_told_by_what_it_was_spent_on(tmp_path):

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from fleet.errors import ConfigError
+from fleet.files import Files
 from fleet.lookup import nearest
 
 # Every table that some process owns. Whoever adds a process adds its table here.
@@ -108,9 +109,9 @@ def load_run(
 
 
 def dump(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes tables of plain data as YAML that ``load_run`` reads. Tuples become lists."""
+    """Writes tables of plain data as YAML that ``load_run`` reads, whole or not at all. Tuples become lists."""
     text = yaml.dump(_plain(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-    path.write_text(text, encoding="utf-8")
+    Files().write_atomic(path.resolve(), text.encode())  # where it is a link, the file that it names
 
 
 def _read(path: Path) -> dict[str, Any]:

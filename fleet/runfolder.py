@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 from fleet.errors import RunFolderError
+from fleet.files import Files
 
 FORMAT = "fleet-rl run"
 SHARED_FOLDERS = ("keys", "releases", "checkpoints", "nodes")
 SHARED_FILES = ("run.json", "run.yaml", "tasks.json")
+PRIVATE_FOLDERS = ("registry", "buffer", "logs", "report", "robots")
 
 
 class RunFolder:
@@ -59,19 +61,12 @@ class RunFolder:
         run = cls(path)
         for folder in filter(None, (path, shared)):
             _check_empty(folder)
-        if shared is None:
-            run._make(("keys", "releases", "checkpoints"))
-            truth = run
-        else:
-            truth = cls(shared)
-            truth._make(SHARED_FOLDERS)
+        truth = run if shared is None else cls(shared)
+        truth._make(("keys", "releases", "checkpoints", *PRIVATE_FOLDERS) if shared is None else SHARED_FOLDERS)
         truth.keys.chmod(0o700)
         mark = {"format": FORMAT, "run_id": f"{path.name}-{secrets.token_hex(4)}", "created_ns": time.time_ns()}
-        truth.mark.write_text(json.dumps(mark))
-        if shared is not None:
-            return cls.attach(path, shared)
-        run._make(("registry", "buffer", "logs", "report", "robots"))
-        return run
+        Files().write_atomic(truth.mark, json.dumps(mark).encode())  # last: what is marked is whole
+        return run if shared is None else cls.attach(path, shared)
 
     @classmethod
     def attach(cls, path: Path, shared: Path) -> RunFolder:
@@ -92,7 +87,7 @@ class RunFolder:
         for name in sorted((*SHARED_FOLDERS, *SHARED_FILES), key=lambda name: name != "nodes"):
             if not (run.path / name).is_symlink():
                 (run.path / name).symlink_to(truth.path / name)
-        run._make(("registry", "buffer", "logs", "report", "robots"))
+        run._make(PRIVATE_FOLDERS)
         return run
 
     def _make(self, names: tuple[str, ...]) -> None:
@@ -125,10 +120,15 @@ class RunFolder:
 
 
 def _check_empty(path: Path) -> None:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(_holds_something(found) for found in path.rglob("*"))):
         whose = "a run of this project" if RunFolder(path).mark.exists() else "something else"
         raise RunFolderError(
             f"{path} holds {whose}",
             rule="a new run starts in an empty folder",
             remedy="add --resume to go on with it, or name another folder",
         )
+
+
+def _holds_something(path: Path) -> bool:
+    """Not so what ``create`` leaves that was killed: folders, and the mark half written."""
+    return path.is_symlink() or not (path.is_dir() or path.name == "run.json.partial")

@@ -3,12 +3,14 @@
 A child of `fleet up`, so that the supervisor, and with it the gateway and the registry, outlive Ray. It starts Ray or
 joins a cluster, keeps the learner running there and says four times a second how it goes in learner-status.json. SIGTERM:
 the learner writes a checkpoint and the driver ends with exit code 0. Exit code ``CANNOT_GO_ON``: starting it again would
-end the same way. All it needs is on disk, so after any other end it is simply started again.
+end the same way. ``NO_CLUSTER``: the cluster on which the run trained before does not answer; it may come back, so this is
+tried for ever. All that the driver needs is on disk, so after any other end it is simply started again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
@@ -27,7 +29,7 @@ from infra.run_config import load_plain_tables
 from infra.supervisor import end_recorded, record
 
 log = logging.getLogger("fleet.driver")
-CANNOT_GO_ON = 3
+CANNOT_GO_ON, NO_CLUSTER = 3, 4
 POLL_S = 0.25
 JOINING_S = 30.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -41,7 +43,11 @@ def hold_file(run: RunFolder) -> Path:
 
 
 class NoCluster(Exception):
-    """Ray could not be started or joined."""
+    """Ray could not be started or joined. ``code``: for the end of this process."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
 
 
 class Driver:
@@ -66,12 +72,15 @@ class Driver:
 
         self._tell()
         for pid_file in self._run.logs.glob("learner-rank*.pid"):
-            end_recorded(pid_file, timeout_s=2.0)  # of a driver that was killed; it would hold the run's lock
+            with contextlib.suppress(FleetError):  # one that cannot be ended holds the run's lock, and the learner says so
+                end_recorded(pid_file, timeout_s=2.0)  # of a driver that was killed
         try:
             start_ray(self._address, self._run.keys / "ray.token")
         except FleetError as error:  # a cluster may come back: this driver ends, another one tries again
-            self._tell(last_error=str(error))
-            raise NoCluster from error
+            known = bool(self._address and self._status.get("step"))
+            waiting = {"state": "waiting", "waiting": f"the learner waits for Ray: {error.what}"} if known else {}
+            self._tell(last_error=str(error), **waiting)
+            raise NoCluster(NO_CLUSTER if known else 1) from error
         try:
             while hold_file(self._run).exists() and not self._stop.is_set():
                 self._tell(state="waiting", waiting=HELD)
@@ -169,7 +178,7 @@ def main() -> None:
         driver.work()
     except NoCluster as error:
         log.error("%s", error.__cause__)
-        sys.exit(1)
+        sys.exit(error.code)
     except FleetError as error:
         log.error("the learner cannot go on: %s", error)
         gone = {"driver": os.getpid(), "time_ns": time.time_ns(), "waiting": "", "pid": 0, "ranks": []}

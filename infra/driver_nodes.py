@@ -38,6 +38,7 @@ class NodeKeeper:
         self._known = KnownNodes(run.path / "known-nodes.json")
         self._seen: dict[str, tuple[int, float]] = {}  # by node: its newest time, and when it was new to us
         self._tried: dict[str, float] = {}
+        self._launches: dict[str, concurrent.futures.Future[None]] = {}
         self._since: dict[str, float] = {}
         self._used: dict[str, Node] = {}
         self._watched = 0.0
@@ -91,10 +92,14 @@ class NodeKeeper:
             else:
                 missing.append(node)
                 self._since.setdefault(node.name, now)
-                if now - self._tried.get(node.name, -AGAIN_S) >= AGAIN_S:
+                if now - self._tried.get(node.name, -AGAIN_S) >= AGAIN_S and self._launched(node.name):
                     self._tried[node.name] = now
-                    self._threads.submit(self._start, node)
+                    self._launches[node.name] = self._threads.submit(self._start, node)
         return missing
+
+    def _launched(self, name: str) -> bool:
+        """Whether no start of it is on its way; one to a node that hangs takes a minute."""
+        return name not in self._launches or self._launches[name].done()
 
     def _serves(self, name: str, entries: Mapping[str, NodeEntry]) -> bool:
         """By our own clock: the node's may be wrong."""

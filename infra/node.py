@@ -1,7 +1,7 @@
 """The supervisor of a node other than the first: ``python -m infra.node --shared DIR --folder DIR --name NAME``.
 
 The driver starts it through Ray as a process that outlives Ray and the driver. It makes the node's own run folder, serves
-a gateway with a shard of the buffer, and ends on SIGTERM or the node's stop file. A second one on a folder ends at once.
+a gateway with a shard of the buffer, and ends on SIGTERM or the run's stop file. A second one on a folder ends at once.
 """
 
 from __future__ import annotations
@@ -48,17 +48,10 @@ def serve_node(shared: Path, folder: Path, name: str, stop: threading.Event) -> 
         stack.callback(presence.leave)
         stack.callback(supervisor.stop)
         start_gateway(run, supervisor)
+        presence.start()
         log.info("node %s serves run %s in %s", name, run.run_id, run.path)
-        while not stop.wait(POLL_S) and not asked_to_end(presence):
+        while not stop.wait(POLL_S) and not presence.stop_asked.is_set():
             supervisor.poll()
-            presence.show()
-
-
-def asked_to_end(presence: Presence) -> bool:
-    try:
-        return presence.stop_file.exists()
-    except OSError:  # a shared folder that does not answer says nothing
-        return False
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """The nodes of a run that is shared: who serves it, where robots connect, and how a node is asked to end.
 
-Each node keeps SHARED/nodes/NAME.json fresh while it serves. A file NAME.stop beside it ends its supervisor. Which robot
-was given to which node stands in SHARED/nodes/robots/ROBOT.
+Each node keeps SHARED/nodes/NAME.json fresh while it serves. The file SHARED/nodes/stop, there from the end of `fleet up` to
+the next one, ends the supervisors of all others, also of one that only just starts. Which robot was given to which node
+stands in SHARED/nodes/robots/ROBOT.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import threading
 import time
+from pathlib import Path
 
 from fleet.errors import ConfigError, RunFolderError
 from fleet.identity import enrolled
@@ -20,6 +23,7 @@ from fleet.runfolder import RunFolder
 HEAD = "head"  # the node of `fleet up`
 SHOW_S = 1.0
 LOST_S = 10.0
+LEAVE_S = 5.0
 STOP_TIMEOUT_S = 20.0
 
 
@@ -42,7 +46,10 @@ class NodeEntry:
 
 
 class Presence:
-    """Shows that this node serves the run.
+    """Shows that this node serves the run, on a thread: a shared folder that hangs stops nobody.
+
+    Attributes:
+        stop_asked: The run has ended, and this node with it. Not told to the node of `fleet up`, which says so itself.
 
     Raises:
         ConfigError: The name cannot be that of a file.
@@ -50,21 +57,31 @@ class Presence:
 
     def __init__(self, run: RunFolder, name: str) -> None:
         check_name(name)
-        self._run, self._name, self._shown = run, name, 0.0
-        self._path, self.stop_file = run.nodes / f"{name}.json", run.nodes / f"{name}.stop"
-        self.stop_file.unlink(missing_ok=True)
+        self._run, self._name, self._path = run, name, run.nodes / f"{name}.json"
+        self.stop_asked, self._left = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._work, name="presence", daemon=True)
 
-    def show(self) -> None:
-        """Writes the entry anew when a second has passed. A shared folder that does not answer stops nobody."""
-        if time.monotonic() - self._shown >= SHOW_S:
-            self._shown = time.monotonic()
-            with contextlib.suppress(OSError):
-                self._write(os.getpid())
+    def start(self) -> None:
+        """From now on; the gateway listens."""
+        self._thread.start()
 
     def leave(self) -> None:
+        """Shows that the node has ended; does not wait for a folder that hangs."""
+        self._left.set()
+        if self._thread.is_alive():
+            self._thread.join(LEAVE_S)
+
+    def _work(self) -> None:
+        while not self._left.is_set():
+            self._show(os.getpid())
+            self._left.wait(SHOW_S)
+        self._show(0)
+
+    def _show(self, pid: int) -> None:
         with contextlib.suppress(OSError):
-            self._write(0)
-            self.stop_file.unlink(missing_ok=True)
+            if self._name != HEAD and stop_file(self._run).exists():
+                self.stop_asked.set()
+            self._write(pid)
 
     def _write(self, pid: int) -> None:
         try:
@@ -78,6 +95,10 @@ class Presence:
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps(dataclasses.asdict(entry)))
         os.replace(partial, self._path)
+
+
+def stop_file(run: RunFolder) -> Path:
+    return run.nodes / "stop"
 
 
 def check_name(name: str) -> None:
@@ -131,10 +152,9 @@ def choose_node(run: RunFolder, name: str = "") -> NodeEntry:
 
 
 def stop_nodes(run: RunFolder, timeout_s: float = STOP_TIMEOUT_S) -> list[str]:
-    """Asks all other nodes to end and waits for them; returns those that did not in time."""
+    """Asks all other nodes to end and waits for those that are there; returns those that did not in time."""
+    stop_file(run).touch()
     asked = [entry.name for entry in read_nodes(run).values() if entry.alive and entry.name != HEAD]
-    for name in asked:
-        (run.nodes / f"{name}.stop").touch()
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         nodes = read_nodes(run)

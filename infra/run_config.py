@@ -10,7 +10,8 @@ from typing import Any
 from actors.config import TABLES as ACTOR_TABLES
 from buffer.main import BufferConfig, GatewayConfig
 from fleet.config import load_run
-from fleet.errors import ConfigError
+from fleet.errors import ConfigError, RunFolderError
+from fleet.files import Files
 from fleet.runfolder import RunFolder
 from fleet.server.registry import RegistryConfig
 from infra.evaluator import EvaluatorConfig
@@ -127,8 +128,11 @@ def write_catalogue(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     from algorithms.instruction import encode
 
     path = run.path / "tasks.json"
-    tasks: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        tasks: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise RunFolderError(f"{path} is no JSON: {error}", remedy="mend it, or delete it: the run file's tasks stay") from None
     for task, text in config.tasks.items():
         tasks.setdefault(task, {"instruction": text, "embedding": [float(x) for x in encode(text)]})
-    path.write_text(json.dumps(tasks, indent=1))
+    Files().write_atomic(path.resolve(), json.dumps(tasks, indent=1).encode())  # the gateway may be reading it
     return tasks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import logging
 import math
@@ -19,6 +18,7 @@ from fleet.journal import Journal
 log = logging.getLogger("fleet.supervisor")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
 CRASH_LOOP_ENDS, CRASH_LOOP_PAUSE_S = 5, 60.0
+KILL_S = 10.0  # what the system may take to end a process that was killed
 
 
 class CrashLoop(FleetError):
@@ -39,6 +39,7 @@ class Child:
         once: True for work that ends by itself: exit code 0 is its end, not a failure.
         optional: True where the rest can do without it: in a crash loop it is tried again now and then, and said so.
         gives_up: Exit code by which it says that starting it again cannot help; 0: none.
+        waits: Exit code by which it says that what it needs is not there now: it is tried again for ever; 0: none.
         window_s: So far back its ends are counted: ``CRASH_LOOP_ENDS`` of them are a crash loop. With math.inf, whoever sees
             that it does its work forgets them (``ends.clear()``).
         stop_s: Between SIGTERM and SIGKILL.
@@ -50,6 +51,7 @@ class Child:
     once: bool = False
     optional: bool = False
     gives_up: int = 0
+    waits: int = 0
     window_s: float = 60.0
     stop_s: float = 15.0
     process: subprocess.Popen[bytes] | None = None
@@ -100,7 +102,11 @@ class Supervisor:
                 self._ended(child, now)
             if not child.done and child.process is None and now >= child.start_at:
                 child.num_restarts += 1
-                self._start(child)
+                try:
+                    self._start(child)
+                except OSError as error:  # no memory or no disk for a process now: what runs goes on
+                    log.error("%s cannot be started: %s", child.name, error)
+                    child.start_at = now + LONGEST_PAUSE_S
 
     def stop(self, names: list[str] | None = None, timeout_s: float | None = None) -> None:
         """Asks children to end (SIGTERM), in the order of ``names``, and kills what does not within ``timeout_s``, or
@@ -141,6 +147,9 @@ class Supervisor:
         if (child.once and code == 0) or (child.gives_up and code == child.gives_up):
             child.done = True
             return
+        if child.waits and code == child.waits:
+            child.start_at = now + LONGEST_PAUSE_S
+            return
         child.ends.append(now)
         while child.ends and child.ends[0] < now - child.window_s:
             child.ends.popleft()
@@ -165,8 +174,14 @@ def _within(window_s: float) -> str:
 
 
 def record(pid_file: Path, pid: int) -> None:
-    """Writes down a process so that whoever comes later can tell it from others that are given its number."""
-    pid_file.write_text(f"{pid} {start_of(pid)}")
+    """Writes down a process so that whoever comes later can tell it from others that are given its number. A full disk is
+    logged and ends nobody."""
+    partial = pid_file.with_suffix(".partial")
+    try:
+        partial.write_text(f"{pid} {start_of(pid)}")
+        os.replace(partial, pid_file)
+    except OSError as error:
+        log.error("%s is not written: %s", pid_file, error)
 
 
 def recorded(pid_file: Path) -> int:
@@ -181,11 +196,27 @@ def recorded(pid_file: Path) -> int:
 
 def end_recorded(pid_file: Path, timeout_s: float = 10.0) -> None:
     """Ends the process that was written down, for example by a supervisor that was killed, if it still runs: SIGTERM, and
-    SIGKILL after ``timeout_s``."""
+    SIGKILL after ``timeout_s``.
+
+    Raises:
+        FleetError: It is another user's, or does not end even so.
+    """
     deadline, request = time.monotonic() + timeout_s, signal.SIGTERM
     while pid := recorded(pid_file):
-        with contextlib.suppress(ProcessLookupError):
+        try:
             os.kill(pid, request)
+        except ProcessLookupError:
+            return
+        except PermissionError:
+            raise FleetError(
+                f"process {pid} ({pid_file.stem}) is another user's", rule="one user serves a run", remedy=f"kill {pid}"
+            ) from None
+        if time.monotonic() > deadline + KILL_S:
+            raise FleetError(
+                f"process {pid} ({pid_file.stem}) does not end, not even by SIGKILL",
+                rule="what an earlier start left behind ends first",
+                remedy="it hangs in a call into the system, as on a disk or mounted folder that does not answer: look there",
+            )
         if time.monotonic() > deadline:
             request = signal.SIGKILL
         time.sleep(0.1)

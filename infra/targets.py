@@ -18,13 +18,13 @@ def targets_file(run: RunFolder) -> Path:
 
 def scrape_targets(run: RunFolder, processes: Iterable[str]) -> list[dict[str, Any]]:
     """One entry for each of ``processes`` that has written down its port; what it wrote is left there when it ends."""
-    found = []
+    found, run_id = [], run.run_id
     for process in processes:
         try:
             port = json.loads((run.path / f"{process}.json").read_text())["metrics_port"]
         except (OSError, ValueError, KeyError):  # not started yet, or its metrics are off
             continue
-        found.append({"targets": [f"127.0.0.1:{port}"], "labels": {"run": run.run_id, "process": process}})
+        found.append({"targets": [f"127.0.0.1:{port}"], "labels": {"run": run_id, "process": process}})
     return found
 
 

@@ -5,6 +5,7 @@ The only truth is on disk: each of these may be killed at any time, is started a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -21,13 +22,14 @@ from typing import IO, Any
 from buffer.main import endpoint_file
 from fleet.config import dump
 from fleet.errors import ConfigError, FleetError, GatewayUnreachable, RunFolderError
+from fleet.files import storage_errors
 from fleet.identity import create_run_keys
 from fleet.journal import Journal
 from fleet.runfolder import RunFolder
 from fleet.server.registry import Registry, registry_url, server_command
-from infra.driver import CANNOT_GO_ON, hold_file
+from infra.driver import CANNOT_GO_ON, NO_CLUSTER, hold_file
 from infra.driver_status import one_line, read_status
-from infra.nodes import HEAD, Presence, read_nodes, stop_nodes
+from infra.nodes import HEAD, Presence, read_nodes, stop_file, stop_nodes
 from infra.run_config import load_tables, write_catalogue
 from infra.supervisor import Child, CrashLoop, Supervisor, last_lines, start_of
 from infra.targets import write_targets
@@ -57,8 +59,8 @@ def open_run(source: Path, overrides: list[str], *, resume: bool, runs: Path) ->
     shared = _shared_of(tables, path)
     if not resume:
         run = RunFolder.create(path, shared)
-    elif shared is not None and shared.exists() and not path.exists():
-        run = RunFolder.attach(path, shared)  # the run goes on from another machine
+    elif shared is not None and shared.exists() and not RunFolder(path).mark.exists():
+        run = RunFolder.attach(path, shared)  # the run goes on from another machine, or `create` was killed on its way
     else:
         run = RunFolder.open(path)
     return run, _with_shared(tables, shared, run)
@@ -91,7 +93,8 @@ def _with_shared(tables: dict[str, Any], shared: Path | None, run: RunFolder) ->
 
 def write_run_file(run: RunFolder, tables: dict[str, Any]) -> None:
     """The run's configuration with all overrides and defaults, as it was started."""
-    dump(run.config, {name: dataclasses.asdict(table) for name, table in tables.items()})
+    with storage_errors(f"writing {run.config}"):
+        dump(run.config, {name: dataclasses.asdict(table) for name, table in tables.items()})
 
 
 class LocalRun:
@@ -129,6 +132,7 @@ class LocalRun:
                 rule="one `fleet up` a run",
                 remedy="stop that one, or wait ten seconds after its end",
             )
+        stop_file(self.run).unlink(missing_ok=True)
         return Presence(self.run, HEAD)
 
     def start(self) -> None:
@@ -144,7 +148,7 @@ class LocalRun:
         self.registry = Registry(registry_url(self.run.registry, self.run.config), config.prefix)
         start_gateway(self.run, self.supervisor)
         if self._presence is not None:
-            self._presence.show()
+            self._presence.start()
 
     def start_learner(self, address: str = "", *, hold: bool = False) -> None:
         """Starts the driver, and with it Ray and the learner.
@@ -158,7 +162,9 @@ class LocalRun:
         stop_s = self.tables["learner"].stop_within_s + STOP_MARGIN_S
         output = self.run.logs / f"{DRIVER}.log"
         # What counts as a crash loop is that the learner gets nowhere between the ends, however long a start takes.
-        self.supervisor.add(Child(DRIVER, command, output, once=True, gives_up=CANNOT_GO_ON, window_s=math.inf, stop_s=stop_s))
+        driver = Child(DRIVER, command, output, once=True, gives_up=CANNOT_GO_ON, waits=NO_CLUSTER, stop_s=stop_s)
+        driver.window_s = math.inf
+        self.supervisor.add(driver)
 
     def let_learner_begin(self) -> None:
         """Ends the hold of ``start_learner``."""
@@ -179,8 +185,6 @@ class LocalRun:
                 raise
             self.supervisor.children[DRIVER].done = True
             self._fail(error)
-        if self._presence is not None:
-            self._presence.show()
         write_targets(self.run, self._measured)
         driver = self.supervisor.children.get(DRIVER)
         if driver is None:
@@ -221,23 +225,24 @@ class LocalRun:
 
     def stop(self) -> None:
         """Ends the robots started here, the learner (after a checkpoint), other nodes, gateway and registry, in this order."""
-        servers = ("gateway", "registry")
-        if robots := [name for name in self.supervisor.children if name not in (*servers, DRIVER)]:
-            self.supervisor.stop(robots)
-        if DRIVER in self.supervisor.children:
-            self.supervisor.stop([DRIVER])
-            self._look_at(self.supervisor.children[DRIVER])
+        with contextlib.ExitStack() as rest:  # in reverse; whatever fails on the way, the rest is ended
+            for end in (self._lock.close, self.journal.close, self._leave, self.supervisor.stop):
+                rest.callback(end)
             if self.registry is not None:
-                self.registry.put_learner(self._status)
-        if self.run.shared:
-            stop_nodes(self.run)
-        if self.registry is not None:
-            self.registry.close()
-        self.supervisor.stop()
+                rest.callback(self.registry.close)
+            if self.run.shared:
+                rest.callback(stop_nodes, self.run)
+            if robots := [name for name in self.supervisor.children if name not in ("gateway", "registry", DRIVER)]:
+                self.supervisor.stop(robots)
+            if DRIVER in self.supervisor.children:
+                self.supervisor.stop([DRIVER])
+                self._look_at(self.supervisor.children[DRIVER])
+                if self.registry is not None:
+                    self.registry.put_learner(self._status)
+
+    def _leave(self) -> None:
         if self._presence is not None:
             self._presence.leave()
-        self.journal.close()
-        self._lock.close()
 
 
 def start_gateway(run: RunFolder, supervisor: Supervisor) -> None:

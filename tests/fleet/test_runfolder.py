@@ -46,3 +46,14 @@ def test_a_folder_of_another_run_or_of_something_else_is_refused(tmp_path):
     with pytest.raises(RunFolderError, match="holds a run"):
         RunFolder.create(tmp_path / "b", tmp_path / "mnt" / "two")
     assert not (tmp_path / "b").exists() and not (tmp_path / "new").exists()
+
+
+def test_what_a_killed_start_left_is_no_other_run(tmp_path):
+    (tmp_path / "run" / "keys").mkdir(parents=True)
+    (tmp_path / "run" / "run.json.partial").touch()
+    run = RunFolder.create(tmp_path / "run")
+    assert RunFolder.open(run.path).logs.is_dir()
+    (tmp_path / "other" / "deep").mkdir(parents=True)
+    (tmp_path / "other" / "deep" / "file").touch()
+    with pytest.raises(RunFolderError, match="something else"):
+        RunFolder.create(tmp_path / "other")

@@ -16,8 +16,9 @@ from fleet.identity import Credential
 from infra.down import down
 from infra.enroll import enroll
 from infra.nodes import HEAD, choose_node, read_nodes
+from infra.run_config import write_catalogue
 from infra.supervisor import recorded
-from infra.up import LocalRun, open_run
+from infra.up import LocalRun, open_run, write_run_file
 from tests.command_line import ENV, ROOT
 
 RUN_FILE = "run: {tasks: {reach: reach the target}, shared: SHARED}\ngateway: {bind: 'tcp://127.0.0.1:0'}\n"
@@ -128,9 +129,37 @@ def test_the_end_of_a_run_ends_its_nodes(shared_run):
     assert [node.wait(20) for node in nodes.values()] == [0, 0]
     assert not any(recorded(path) for path in gateways)
     assert not any(entry.alive for entry in read_nodes(local.run).values())
+    late = start_node(local.run.shared, folder / "c", "c")  # one that the driver had just asked Ray for
+    assert late.wait(20) == 0 and not recorded(gateways[1])
     said = []
     down(local.run.path, said.append)  # nothing is left, and that is no error
     assert len(said) == 1 and "--resume" in said[0]
+
+
+def test_a_start_that_was_killed_on_its_way_is_gone_on_with(tmp_path):
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "toy.yaml").write_text(RUN_FILE.replace("SHARED", str(tmp_path / "mnt")))
+    run, _ = open_run(tmp_path / "toy.yaml", [], resume=False, runs=tmp_path)
+    (run.path / "run.json").unlink()  # links of other names were made, this one not yet
+    again, _ = open_run(tmp_path / "toy.yaml", [], resume=True, runs=tmp_path)
+    assert again.run_id.startswith("toy-")
+
+
+def test_what_others_read_is_replaced_whole_where_it_is_a_link_too(tmp_path):
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "toy.yaml").write_text(RUN_FILE.replace("SHARED", str(tmp_path / "mnt")))
+    run, tables = open_run(tmp_path / "toy.yaml", [], resume=False, runs=tmp_path)
+    for _ in range(2):
+        write_run_file(run, tables)
+        write_catalogue(run, tables["run"])
+        readers = [path.open() for path in (run.config, run.path / "tasks.json")]
+    before = [reader.read(1) for reader in readers]
+    write_run_file(run, tables)
+    write_catalogue(run, tables["run"])
+    for reader, first, path in zip(readers, before, (run.config, run.path / "tasks.json"), strict=True):
+        assert os.fstat(reader.fileno()).st_ino != path.stat().st_ino and path.is_symlink()
+        assert first + reader.read() == path.read_text()  # who had begun to read sees no half of it
+        reader.close()
 
 
 def test_a_run_that_was_not_shared_does_not_become_it(tmp_path):

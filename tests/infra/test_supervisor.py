@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from infra.supervisor import Child, CrashLoop, Supervisor, last_lines
+from fleet.errors import FleetError
+from infra.supervisor import CRASH_LOOP_ENDS, Child, CrashLoop, Supervisor, end_recorded, last_lines
 
 
 def python(code, tmp_path, name="child", once=False):
@@ -98,3 +99,41 @@ def test_a_child_that_ignores_sigterm_is_killed(tmp_path):
     process = child.process
     supervisor.stop(timeout_s=0.3)
     assert process.returncode == -signal.SIGKILL
+
+
+def test_what_waits_for_something_is_tried_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr("infra.supervisor.LONGEST_PAUSE_S", 0.01)
+    supervisor = Supervisor()
+    child = python("import sys; sys.exit(4)", tmp_path)
+    child.waits = 4
+    supervisor.add(child)
+    poll_until(supervisor, lambda: child.num_restarts > 2 * CRASH_LOOP_ENDS)
+
+
+def test_a_process_that_the_system_cannot_start_now_ends_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr("infra.supervisor.LONGEST_PAUSE_S", 0.1)
+    supervisor = Supervisor()
+    child = python("import time; time.sleep(60)", tmp_path)
+    supervisor.add(child)
+    child.log.unlink()
+    child.log.mkdir()  # so it cannot be written, and neither can the pid file
+    child.pid_file.unlink()
+    child.pid_file.mkdir()
+    child.process.kill()
+    poll_until(supervisor, lambda: child.num_restarts > 1)
+    assert not child.running
+    child.log.rmdir()
+    poll_until(supervisor, lambda: child.running)
+    supervisor.stop()
+
+
+def test_what_does_not_end_even_when_killed_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("infra.supervisor.KILL_S", 0.2)
+    child = python("import time; time.sleep(60)", tmp_path)
+    Supervisor().add(child)
+    monkeypatch.setattr("infra.supervisor.os.kill", lambda pid, number: None)  # as if it hung in the kernel
+    with pytest.raises(FleetError, match=f"process {child.last_pid} .*does not end"):
+        end_recorded(child.pid_file, 0.1)
+    monkeypatch.undo()
+    child.process.kill()
+    child.process.wait()

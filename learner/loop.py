@@ -146,7 +146,6 @@ class Loop:
         try:
             self._supply.poll(force=True)
             self._supply.exchange()
-            self._look()
             while progress.step < progress.steps:
                 if self._phase < 0 or progress.step >= self._phases[self._phase].until:
                     self._enter(self._phase + 1)
@@ -196,20 +195,14 @@ class Loop:
         needs, last = self._trained()[0].needs, self._phase == len(self._phases) - 1
         # The start trains on what is there, at no rate.
         windows = self._supply.next(needs, self.progress.step, limited=last, stop=stop, idle=self._idle)
-        self._look()
         self.progress.waiting = ""
         return windows
 
     def _idle(self) -> None:
         """While the next update has to wait."""
-        self._look()
         self.progress.waiting = self._pace.waiting
         self._note(self._keep.facts())
         self._tell()
-
-    def _look(self) -> None:
-        known = self._supply.known
-        self.progress.num_steps, self.progress.release, self.progress.pace = known.num_steps, known.release, self._pace.line
 
     def _update(self, windows: Windows) -> None:
         algorithm, engine = self._trained()
@@ -284,14 +277,14 @@ class Loop:
     def _note(self, facts: list[Fact]) -> None:
         for kind, fields in facts:
             self._write(kind, **fields)
-        if self._ranks.first:
-            self.progress.release = self._keep.release
 
     def _tell(self, force: bool = False) -> None:
-        now, progress = time.monotonic(), self.progress
+        now, progress, known = time.monotonic(), self.progress, self._supply.known
         if not force and now - self._reported < REPORT_S:
             return
         self._reported = now
+        progress.num_steps, progress.pace = known.num_steps, self._pace.line
+        progress.release = max(known.release, self._keep.release)  # the first rank knows it before the others
         if now - self._window_start >= 2 * REPORT_S or force:
             progress.updates_per_s = (progress.step - self._window_step) / max(now - self._window_start, 1e-9)
             if progress.step > self._window_step:
@@ -305,5 +298,5 @@ class Loop:
                 )
             self._window_start, self._window_step = now, progress.step
         progress.num_replaced = self._keep.num_replaced
-        progress.by_source = dict(zip(SOURCE_NAMES, self._supply.known.counts_SKT.sum((0, 2)).tolist(), strict=True))
+        progress.by_source = dict(zip(SOURCE_NAMES, known.counts_SKT.sum((0, 2)).tolist(), strict=True))
         self._report(dataclasses.replace(progress, stats=dict(progress.stats), seconds=dict(self._budget.seconds)))

@@ -115,8 +115,8 @@ def test_the_learner_never_draws_older_steps_than_it_may_and_waits_when_there_ar
 
         def stop():
             if "releases old" in loop.progress.waiting and not waited:
-                waited.append(loop.progress.pace)
-                operator_steps(ingest, 2, loop.progress.release, 1)
+                waited.append(loop._pace.line)
+                operator_steps(ingest, 2, loop._supply.known.release, 1)
             return False
 
         loop._update = watched

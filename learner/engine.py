@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from algorithms.base import Batch, LossOutput
 from fleet.errors import LearnerError
+from learner.memory import is_short
 from learner.ranks import Ranks
 
 LossFunction = Callable[[str, Batch], LossOutput]
@@ -271,6 +272,8 @@ def load_modules(modules: Mapping[str, nn.Module], weights: Mapping[str, Mapping
         try:
             module.load_state_dict(weights[name])
         except (KeyError, RuntimeError) as error:
+            if is_short(error):
+                raise
             raise LearnerError(f"part {name!r} does not fit: {error}"[:500], rule="same modules, same shapes") from None
 
 

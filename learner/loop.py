@@ -29,6 +29,7 @@ from learner.checkpoint import Checkpoint
 from learner.engine import Engine
 from learner.feed import Feed
 from learner.keep import Keep
+from learner.memory import is_short
 from learner.pace import Pace
 from learner.progress import Progress
 from learner.ranks import Ranks
@@ -121,6 +122,8 @@ class Loop:
             engine.load_weights(state["parts"])
             algorithm.load_state_dict(state["algorithm"])
         except (KeyError, RuntimeError) as error:
+            if is_short(error):
+                raise
             raise LearnerError(
                 f"the checkpoint of step {checkpoint.step} does not fit: {error}"[:500], rule="same modules, same shapes"
             ) from None

@@ -25,7 +25,7 @@ def memory_errors(config: EngineConfig, ranks: Ranks, num_rows: int = 0) -> Iter
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(s in str(error) for s in SAYINGS):
+        if not is_short(error):
             raise
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise OutOfMemory(
@@ -33,6 +33,11 @@ def memory_errors(config: EngineConfig, ranks: Ranks, num_rows: int = 0) -> Iter
             rule="weights, optimizer state and the activations of one micro-batch fit in a rank's memory",
             remedy=", or ".join(free_knobs(config, ranks.size, num_rows)),
         ) from error
+
+
+def is_short(error: BaseException) -> bool:
+    """Whether torch or Python says with this error that memory is short."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(saying in str(error) for saying in SAYINGS)
 
 
 def free_knobs(config: EngineConfig, num_ranks: int, num_rows: int) -> list[str]:

@@ -1,5 +1,6 @@
 """The learner on a real log: what robots sent goes in, releases come out."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -148,17 +149,23 @@ class Greedy(HgDagger):
         self._take("after_step")
         super().after_step(step, stats)
 
+    def load_state_dict(self, state):
+        self._take("load")
+        super().load_state_dict(state)
+
     def _take(self, where):
         if self.greed == where:
             torch.empty(1 << 50)
 
 
-@pytest.mark.parametrize("where", ["begin", "prepare", "after_step"])
+@pytest.mark.parametrize("where", ["begin", "prepare", "after_step", "load"])
 def test_out_of_memory_anywhere_names_the_settings_that_help(tmp_path, monkeypatch, where):
     run = make_run(tmp_path / "run")
     fill(run)
     tables = make_tables(start_steps=0)
     tables["algorithm"].name = f"{__name__}:Greedy"
+    if where == "load":
+        run_train(run, {**tables, "learner": dataclasses.replace(tables["learner"], steps=2)})
     monkeypatch.setattr(Greedy, "greed", where)
     with pytest.raises(OutOfMemory, match=r"rank 0 is out of memory.*engine\.dtype=bfloat16"):
         run_train(run, tables)

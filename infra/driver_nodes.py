@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,12 +38,11 @@ class NodeKeeper:
         self._known = KnownNodes(run.path / "known-nodes.json")
         self._seen: dict[str, tuple[int, float]] = {}  # by node: its newest time, and when it was new to us
         self._tried: dict[str, float] = {}
-        self._launches: dict[str, concurrent.futures.Future[None]] = {}
+        self._launches: dict[str, threading.Thread] = {}
         self._since: dict[str, float] = {}
         self._used: dict[str, Node] = {}
         self._watched = 0.0
         self._complete_by = time.monotonic() + joining_s
-        self._threads = concurrent.futures.ThreadPoolExecutor(8, thread_name_prefix="launch")
         self.folders: dict[str, Path] = {}
 
     def plan(self) -> Plan:
@@ -94,12 +93,14 @@ class NodeKeeper:
                 self._since.setdefault(node.name, now)
                 if now - self._tried.get(node.name, -AGAIN_S) >= AGAIN_S and self._launched(node.name):
                     self._tried[node.name] = now
-                    self._launches[node.name] = self._threads.submit(self._start, node)
+                    # A daemon: one that hangs does not keep this process from ending.
+                    self._launches[node.name] = threading.Thread(target=self._start, args=(node,), name="launch", daemon=True)
+                    self._launches[node.name].start()
         return missing
 
     def _launched(self, name: str) -> bool:
         """Whether no start of it is on its way; one to a node that hangs takes a minute."""
-        return name not in self._launches or self._launches[name].done()
+        return name not in self._launches or not self._launches[name].is_alive()
 
     def _serves(self, name: str, entries: Mapping[str, NodeEntry]) -> bool:
         """By our own clock: the node's may be wrong."""

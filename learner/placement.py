@@ -9,6 +9,7 @@ Ranks of one node stand next to each other and read that node's shard of the buf
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -153,7 +154,8 @@ class KnownNodes:
         if any(self._nodes.get(name) != node for name, node in new.items()):
             self._nodes |= new
             text = json.dumps([dataclasses.asdict(node) for node in self._nodes.values()])
-            Files().write_atomic(self._path, text.encode())
+            with contextlib.suppress(OSError):  # of use after a restart only; a full disk ends nobody
+                Files().write_atomic(self._path, text.encode())
         return [node for name, node in self._nodes.items() if name not in new]
 
 

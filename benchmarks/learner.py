@@ -1,4 +1,4 @@
-"""The learner: how long it waits for data, what releases and checkpoints cost it, and steps a second by engine and ranks.
+"""The learner: how long it waits for data, what releases and checkpoints cost it, and engines and ranks compared.
 
     python -m benchmarks.learner                    # all, about 15 minutes on 2 quiet cores
     python -m benchmarks.learner --quick            # all in 5 minutes, with rough numbers that are not saved
@@ -28,7 +28,8 @@ from benchmarks.results import Row, save
 from fleet.runfolder import RunFolder
 from learner.main import LearnerConfig
 
-PARTS = ("wait", "stall", "engines")
+PARTS = ("wait", "stall", "engines", "curves")
+CURVE_STEPS = 300
 SHARE_TARGET = 5.0  # percent
 ENGINES = {
     "torch": ({"name": "torch"}, (1,)),
@@ -132,6 +133,31 @@ def measure_engines(folder: Path, counts: Counts) -> list[Row]:
     return rows
 
 
+def measure_curves(folder: Path, counts: Counts) -> list[Row]:
+    """How far the loss of any of the first updates of the demo's policy is from that of plain torch with one rank and passes
+    of as many samples. Passes of another size round otherwise, and where a ReLU or an L1 loss turns that grows: a row says
+    how far plain torch is from itself then."""
+    rows, curves = [], {}
+    run = make_run(folder / "curves", counts.log_steps)
+    halves = {"name": "torch", "micro_batch": BATCH // 2}
+    for name, (engine, sizes) in {**ENGINES, "torch in halves": (halves, (1,))}.items():
+        for ranks in sizes:
+            settings = settings_for(MLP, counts, engine, steps=CURVE_STEPS)
+            curves[name, ranks] = train(run, settings, warm=2, ranks=ranks, curve=True).losses
+    for (name, ranks), mine in curves.items():
+        if name == "torch":
+            continue
+        against = "torch in halves" if ranks == 2 else "torch"
+        plain = curves[against, 1]
+        assert set(mine) == set(plain) and len(mine) == CURVE_STEPS
+        apart = max(abs(mine[step] / plain[step] - 1) for step in plain)
+        what = f"loss curve, {name}, {ranks} rank{'s' * (ranks > 1)}: furthest from {against} in {CURVE_STEPS} updates"
+        rows.append(measured(what, [100 * apart], "%", 6))
+    ends = [curves["torch", 1][str(step)] for step in (1, CURVE_STEPS)]
+    rows.append(measured(f"loss of torch, update {CURVE_STEPS} over update 1", [ends[1] / ends[0]], "", 3))
+    return rows
+
+
 def _engine_row(run: RunFolder, what: str, settings: dict[str, Any], ranks: int, repeats: int) -> Row:
     seen: list[Measured] = []
     try:
@@ -150,7 +176,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the rows")
     args = parser.parse_args()
     counts, command = QUICK if args.quick else FULL, "python -m benchmarks.learner " + " ".join(sys.argv[1:])
-    parts = {"wait": measure_wait, "stall": measure_stall, "engines": measure_engines}
+    parts = {"wait": measure_wait, "stall": measure_stall, "engines": measure_engines, "curves": measure_curves}
     limit = f"memcpy {memcpy_bytes_per_s() / 1e9:.1f} GB/s, {os.cpu_count()} cores"
     every: list[Row] = []
     for part in args.only:

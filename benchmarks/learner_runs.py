@@ -32,7 +32,7 @@ class Measured:
     cpu_s: float
     seconds: Mapping[str, float]
     replaced: int
-    loss: float | None
+    losses: Mapping[str, float]
 
     @property
     def steps(self) -> int:
@@ -66,12 +66,13 @@ def make_run(folder: Path, num_steps: int, codec: str = "raw", size: int = 128) 
     return run
 
 
-def train(run: RunFolder, settings: Settings, *, warm: int, ranks: int = 1) -> Measured:
+def train(run: RunFolder, settings: Settings, *, warm: int, ranks: int = 1, curve: bool = False) -> Measured:
     """Trains from the beginning.
 
     Args:
         settings: Fields by table, see ``learner.main.LEARNER_TABLES``.
         warm: Steps before the clock starts.
+        curve: Whether ``losses`` is to hold every step's, which takes time.
 
     Raises:
         RuntimeError: A rank failed; says what its last words were.
@@ -79,7 +80,7 @@ def train(run: RunFolder, settings: Settings, *, warm: int, ranks: int = 1) -> M
     for path in (run.checkpoints, run.releases):
         shutil.rmtree(path)
         path.mkdir()
-    (run.path / "benchmark.json").write_text(json.dumps({"warm": warm, **settings}))
+    (run.path / "benchmark.json").write_text(json.dumps({"warm": warm, "curve": curve, **settings}))
     command = [sys.executable, "-m", "benchmarks.learner_process", str(run.path)]
     if ranks > 1:
         with socket.socket() as probe:

@@ -30,6 +30,7 @@ class RayNodes:
         token = folder / "token"
         token.write_text(secrets.token_hex(32))
         self.env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+        self.env["RAY_raylet_start_wait_time_s"] = "120"  # on a busy machine its 30 s are not enough
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"

@@ -1,6 +1,7 @@
 """Every process of a run is killed with -9 while it trains: what goes on meanwhile, and how soon training does."""
 
 import json
+import random
 import urllib.request
 
 import pytest
@@ -9,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from infra.up import DRIVER
 from tests.faults.toy_run import ToyRun, acknowledged, show
 
-CHECKPOINT_EVERY = 50
+CHECKPOINT_EVERY, SEED = 50, 6
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,19 @@ def test_prometheus_endpoints_tell_what_the_journals_tell(toy_run):
     assert learner["fleet_buffer_steps", "demo"] > 50
     assert 0 <= learner["fleet_learner_batches_ready",] <= 2 and learner["fleet_learner_undecodable_total",] == 0
     assert learner["fleet_learner_seconds_total", "sample"] > 0
+
+
+@pytest.mark.timeout(1500)
+def test_kill_after_kill_of_whoever_chance_names(toy_run, scale, capsys):
+    robots = [child.name for child in toy_run.robots]
+    victims = ["rank", "gateway", "registry", *robots, *([DRIVER, "raylet"] if scale >= 10 else [])]  # Ray starts take long
+    chance, recoveries = random.Random(SEED), []
+    for _ in range(2 * scale):
+        recoveries.append(toy_run.kill(chance.choice(victims), timeout_s=120))
+        toy_run.until(lambda: True, 1)
+    assert toy_run.local.failure is None
+    assert max(recovery.steps_lost for recovery in recoveries) <= 2 * CHECKPOINT_EVERY
+    show(recoveries, capsys)
 
 
 @pytest.mark.timeout(60)

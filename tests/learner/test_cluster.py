@@ -157,9 +157,10 @@ def test_a_killed_rank_ends_the_others_and_all_start_again(cluster, tmp_path):
     until(lambda: back.ranks, lambda ranks: all(gone(r["pid"]) for r in ranks), 10)
 
 
-def test_a_rank_that_is_stuck_is_named_and_killed(cluster, tmp_path):
+def test_a_rank_that_is_stuck_is_named_and_killed(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("learner.cluster.group._SILENT_S", 1.5)
     run, tables = make_run(tmp_path / "run"), tables_of(ranks=2, steps=10**6)
-    tables["cluster"].rank_timeout_s = 5.0
+    tables["cluster"].rank_timeout_s = 3.0
     learner = learner_of(cluster, run, tables, COUNT)
     try:
         first = until(learner.poll, lambda s: s.progress.get("step", 0) > 10)
@@ -201,7 +202,7 @@ def test_more_ranks_join_when_their_node_is_back(cluster, tmp_path):
     whole = plan([here], tables["cluster"], "cpu")
     small = type(whole)(whole.slots[:1], wanted=2)
     now = [type(whole)((), 2, "nodes that are away: b")]
-    learner = cluster.LearnerHandle(tables, lambda: now[0], {here.name: run.path}, grow_after_s=3.0, function=PRETEND)
+    learner = cluster.LearnerHandle(tables, lambda: now[0], {here.name: run.path}, grow_after_s=1.5, function=PRETEND)
     try:
         assert until(learner.poll, lambda s: s.waiting).waiting == "nodes that are away: b"
         now[0] = small
@@ -209,13 +210,14 @@ def test_more_ranks_join_when_their_node_is_back(cluster, tmp_path):
         pid, step, now[0] = one.pid, one.progress["step"], whole
         back = time.monotonic()
         two = until(learner.poll, lambda s: s.progress["stats"]["size"] == 2)
-        assert time.monotonic() - back >= 3.0 and two.restarts == 0 and two.wanted == 2
+        assert time.monotonic() - back >= 1.5 and two.restarts == 0 and two.wanted == 2
         assert two.progress["stats"]["began"] > step and gone(pid)
     finally:
         learner.stop()
 
 
-def test_ranks_that_have_no_room_yet_are_said_to_wait(cluster, tmp_path):
+def test_ranks_that_have_no_room_yet_are_said_to_wait(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("learner.cluster.group._START_S", 2.0)
     run, tables = make_run(tmp_path / "run"), tables_of(ranks=2)
     other = cluster.Placed("other", SERVE, {}, num_cpus=3)
     until(other.poll, lambda s: s.report)
@@ -232,8 +234,8 @@ def test_ranks_that_have_no_room_yet_are_said_to_wait(cluster, tmp_path):
 
 def test_a_worker_that_nobody_asks_ends_itself():
     script = (
-        "import sys, time\nfrom learner.cluster import worker\nworker.LEASH_S = 2.0\none = worker.Worker()\n"
-        "for _ in range(int(sys.argv[1])):\n    time.sleep(0.5); one.status()\n"
+        "import sys, time\nfrom learner.cluster import worker\nworker.LEASH_S = 1.0\none = worker.Worker()\n"
+        "for _ in range(int(sys.argv[1])):\n    time.sleep(0.25); one.status()\n"
         "print('asked', flush=True); time.sleep(60)"
     )
     done = subprocess.run([sys.executable, "-c", script, "8"], capture_output=True, text=True, check=False, timeout=60)

@@ -158,7 +158,8 @@ class LearnerHandle:
             group.ask_to_stop()
 
     def _show(self, group: RankGroup) -> None:
-        self.status.pid, self.status.waiting = group.pids[0], group.waiting
+        # While new ranks begin, the numbers of those before them are shown, and that nobody trains.
+        self.status.pid, self.status.waiting = group.pids[0] if group.report else 0, group.waiting
         self.status.progress = group.report or self.status.progress
         self.status.ranks = [
             {"rank": rank, "node": slot.node.name, "shard": slot.shard, "pid": group.pids[rank]}

@@ -81,6 +81,8 @@ def place_on(robot_id: str, command: Sequence[str], log: Path, environment: Mapp
 
 
 def _on(node: Node, function: Callable[..., Any], *arguments: Any) -> Any:
+    if not ray.is_initialized():  # Ray would start a cluster of its own
+        raise LearnerError(f"node {node.name} cannot be asked: this process is in no Ray cluster", rule="start_ray comes first")
     pinned = NodeAffinitySchedulingStrategy(node.id, soft=False)
     task = ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=pinned).remote(*arguments)
     try:

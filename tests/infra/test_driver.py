@@ -76,6 +76,8 @@ def test_a_node_whose_gateway_does_not_come_is_waited_for_and_then_left_out(tmp_
         assert time.monotonic() < deadline
         time.sleep(0.05)
         keeper.watch()
+    for thread in keeper._launches.values():  # before the real ``launch`` is back in its place
+        thread.join(10)
 
 
 def test_nodes_that_are_still_joining_are_waited_for_before_a_plan_is_impossible(tmp_path, monkeypatch):

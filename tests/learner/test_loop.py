@@ -140,7 +140,10 @@ def test_the_learner_waits_for_its_ratio_and_says_so_once(tmp_path):
             time.sleep(0.25)
             assert loop.progress.step == expected
         assert "waits for robots" in loop.progress.waiting
-        assert any("waits for robots" in p.waiting for p in progress)
+        deadline = time.monotonic() + 5
+        while not any("waits for robots" in p.waiting for p in progress):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     finally:
         stop.set()
         thread.join(10)

@@ -27,7 +27,7 @@ class DdpEngine(TorchEngine):
 
     def __init__(self, algorithm: Algorithm, config: EngineConfig, device: torch.device, ranks: Ranks) -> None:
         super().__init__(algorithm, config, device, ranks)
-        self._seen_buffers = {name: buffer_versions(module) for name, module in self._modules.items()}
+        self._buffers = {name: SharedBuffers(module) for name, module in self._modules.items()}
 
     def _wrap(self, module: LossModule) -> nn.Module:
         # Only broadcast_buffers is understood by old and new torch. Unused parameters: the loss and the data decide.
@@ -46,17 +46,32 @@ class DdpEngine(TorchEngine):
 
     def _backward(self, part: str, loss: LossFunction, batch: Batch, timed: Timed) -> Numbers:
         numbers = super()._backward(part, loss, batch, timed)
-        if buffer_versions(self._modules[part]) != self._seen_buffers[part]:
-            numbers.changed_buffers = numbers.changed_buffers + 1
+        self._buffers[part].note(numbers)
         return numbers
 
     def _share_buffers(self, part: str, numbers: Numbers) -> None:
+        self._buffers[part].share(numbers)
+
+
+class SharedBuffers:
+    """Buffers that a loss changes (running statistics) are rank 0's afterwards."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._seen = self._versions()
+
+    def note(self, numbers: Numbers) -> None:
+        """Counts a change on this rank, for all ranks to know."""
+        if self._versions() != self._seen:
+            numbers.changed_buffers = numbers.changed_buffers + 1
+
+    def share(self, numbers: Numbers) -> None:
+        """Takes rank 0's, where any rank has changed one."""
         if float(numbers.changed_buffers):
-            for buffer in self._modules[part].buffers():
+            for buffer in self._module.buffers():
                 dist.broadcast(buffer, 0)
-            self._seen_buffers[part] = buffer_versions(self._modules[part])
+            self._seen = self._versions()
 
-
-def buffer_versions(module: nn.Module) -> list[tuple[int, int]]:
-    """What changes when a buffer is written to or replaced."""
-    return [(id(buffer), buffer._version) for buffer in module.buffers()]
+    def _versions(self) -> list[tuple[int, int]]:
+        """What changes when a buffer is written to or replaced."""
+        return [(id(buffer), buffer._version) for buffer in self._module.buffers()]

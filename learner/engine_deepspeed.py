@@ -34,7 +34,7 @@ from learner.engine import (
     training_only,
     untimed,
 )
-from learner.engine_ddp import buffer_versions
+from learner.engine_ddp import SharedBuffers
 from learner.main import EngineConfig
 from learner.memory import memory_errors
 from learner.modules import prepare_module
@@ -72,7 +72,7 @@ class DeepSpeedEngine:
         _require_own_parameters(algorithm, config)
         self._parts = {name: ZeroPart(name, part, config, device, ranks) for name, part in algorithm.parts.items()}
         self._trained: dict[str, Mapping[str, nn.Parameter]] = {name: part.trained for name, part in self._parts.items()}
-        self._seen_buffers = {name: buffer_versions(module) for name, module in self._modules.items()}
+        self._buffers = {name: SharedBuffers(module) for name, module in self._modules.items()}
         self._sum_over_ranks = RankSums(ranks)
         self._per_sample: dict[str, list[Tensor]] = {}
 
@@ -93,7 +93,7 @@ class DeepSpeedEngine:
                     zero.skip()
                 read = numbers.read(torch.tensor(norm, device=self._device))
                 require_finite(part, read)
-                self._share_buffers(part, numbers)
+                self._buffers[part].share(numbers)
         return read
 
     def _backward(self, part: str, loss: LossFunction, batch: Batch, timed: Timed) -> Numbers:
@@ -108,16 +108,8 @@ class DeepSpeedEngine:
                 zero.engine.backward(out.sum, scale_wrt_gas=False)
             numbers.add(out)
             per_sample.append(out.per_sample_B[:rows])
-        if buffer_versions(self._modules[part]) != self._seen_buffers[part]:
-            numbers.changed_buffers = numbers.changed_buffers + 1
+        self._buffers[part].note(numbers)
         return numbers
-
-    def _share_buffers(self, part: str, numbers: Numbers) -> None:
-        """Buffers that a loss changes (running statistics) are rank 0's afterwards."""
-        if float(numbers.changed_buffers):
-            for buffer in self._modules[part].buffers():
-                dist.broadcast(buffer, 0)
-            self._seen_buffers[part] = buffer_versions(self._modules[part])
 
     def per_sample(self, part: str) -> Tensor:
         """See Engine. Copied when it is asked for."""

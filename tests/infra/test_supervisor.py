@@ -108,6 +108,7 @@ def test_what_waits_for_something_is_tried_for_ever(tmp_path, monkeypatch):
     child.waits = 4
     supervisor.add(child)
     poll_until(supervisor, lambda: child.num_restarts > 2 * CRASH_LOOP_ENDS)
+    assert not child.done
 
 
 def test_a_process_that_the_system_cannot_start_now_ends_nobody(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,18 +14,21 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from algorithms.policies.base import PolicySpec
 from algorithms.policies.registry import FAMILIES, build
+from algorithms.policies.statistics import Statistics
 from fleet.batch import BatchNeeds, Windows
 from fleet.errors import LearnerError, NoData
 from fleet.journal import Journal
 from fleet.lookup import resolve
 from fleet.robot import Source
-from fleet.spec import RobotSpec
+from fleet.spec import ACTION, RobotSpec
 from learner.checkpoint import Checkpoint
 from learner.main import PolicyConfig
 from learner.progress import Progress
 from learner.ranks import Ranks
 from learner.supply import POLL_S, BatchSource
+from learner.tensor_file import pack, to_arrays, unpack
 
 SETTINGS = ("learner", "engine", "policy", "algorithm", "start")  # tables that say what is trained, and how
 STATISTICS_STEPS = 8192  # drawn from the demonstrations, to normalise observations by
@@ -142,35 +144,28 @@ def fit_statistics(policy: Any, source: BatchSource, ranks: Ranks) -> None:
     for sources in ((Source.DEMO,), tuple(Source)):
         windows: Windows | None = None
         try:
-            windows = source.batch(BatchNeeds(STATISTICS_STEPS, 1, tuple(policy.spec.reads), {sources: 1.0}), 0)
+            windows = source.batch(BatchNeeds(STATISTICS_STEPS, 1, tuple(policy.spec.vectors), {sources: 1.0}), 0)
         except NoData as error:
             lack = error
-        mean, deviation = _statistics(policy.spec.reads, windows, ranks)
-        if mean:
-            policy.set_statistics(mean, deviation)
+        statistics = _statistics(policy.spec, windows, ranks)
+        if statistics:
+            policy.set_statistics(statistics)
             return
     raise lack or NoData("no step to take statistics from")
 
 
-def _statistics(
-    shapes: Mapping[str, tuple[int, ...]], windows: Windows | None, ranks: Ranks
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Mean and standard deviation over the rows of all ranks; empty where no rank has one."""
-    weight = windows.shard_weight if windows is not None else 0.0
-    total = ranks.gather([len(windows.step_B) * weight if windows is not None else 0.0]).sum()
-    if total == 0:
-        return {}, {}
-    obs = {name: np.asarray(windows.obs[name], np.float64) for name in shapes} if windows is not None else {}
-
-    def mean(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-        sums = [values[name].sum(0).ravel() * weight if values else np.zeros(size) for name, size in sizes.items()]
-        means = np.split(ranks.gather(np.concatenate(sums)).sum(0) / total, np.cumsum(list(sizes.values()))[:-1])
-        return {name: part.reshape(shapes[name]) for name, part in zip(shapes, means, strict=True)}
-
-    first = mean(obs)
-    variance = mean({name: (value - first[name]) ** 2 for name, value in obs.items()})
-    return first, {name: np.sqrt(value) for name, value in variance.items()}
+def _statistics(spec: PolicySpec, windows: Windows | None, ranks: Ranks) -> dict[str, Statistics]:
+    """Of the vector features and of the action, over the rows of all ranks; empty where no rank has one."""
+    mine: dict[str, np.ndarray] = {}
+    if windows is not None:
+        mine = {**{name: windows.obs[name] for name in spec.vectors}, ACTION: windows.actions_BHA[:, 0]}
+        mine["weight"] = np.full(len(windows.step_B), windows.shard_weight)
+    told = [to_arrays(unpack(data)) for data in ranks.gather_bytes(pack(mine))] if ranks.size > 1 else [mine]
+    rows = [part for part in told if len(part.get("weight", ())) and part["weight"].sum() > 0]
+    if not rows:
+        return {}
+    weight = np.concatenate([part["weight"] for part in rows])
+    return {n: Statistics.of(np.concatenate([part[n] for part in rows]), weight) for n in (*spec.vectors, ACTION)}
 
 
 def settings_of(tables: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,6 @@ class Publisher:
 def describe(policy: Any) -> dict[str, Any]:
     """``family``, ``config`` and ``spec`` of a policy made by ``algorithms.policies.registry.build``, as plain data."""
     spec = dataclasses.asdict(policy.spec)
-    for name in ("reads", "conditions"):
+    for name in ("reads", "conditions", "replay"):
         spec[name] = {key: list(shape) for key, shape in spec[name].items()}
-    spec["replay"] = list(spec["replay"])
     return {"family": policy.family, "config": dict(policy.config), "spec": spec}

@@ -1,6 +1,6 @@
 """The Policy contract (see docs/policies.md). Every family in this folder implements it.
 
-Shape suffixes: B batch, H chunk length, A action dims, T decisions of a chunk, S state dims, E embedding dims.
+Shape suffixes: B batch, H chunk length, A action dims, T decisions of a chunk, D actions of a prefix, E embedding dims.
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from algorithms.policies.statistics import Statistics
 from fleet.errors import PolicyError
-from fleet.spec import ACTION, RobotSpec
+from fleet.spec import ACTION, IMAGE_PREFIX, RobotSpec
 
-INSTRUCTION = "instruction"  # the condition (B, E): embedding of the task's instruction
+# Entries of ``obs`` beside the robot's features. The first two are conditions, which a spec declares.
+INSTRUCTION = "instruction"  # (B, E): embedding of the task's instruction
+ADVANTAGE = "advantage"  # (B,): 1 positive, -1 negative, 0 absent; a missing entry is absent for all
+PREFIX = "action_prefix"  # (B, D, A), robot's units: actions of the chunk's first steps that are decided already
+DELAY = "delay"  # (B,), int64: how many of them count, at most spec.max_delay; a missing entry is 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +32,28 @@ class PolicySpec:
         conditions: Other entries of ``obs`` that it needs, with their shapes, for example ``{"instruction": (16,)}``.
         action_dim: A.
         horizon: H, actions in a chunk.
-        replay: Extra columns of the chunks table that its log_prob needs.
+        replay: Extra columns of the chunks table, ``replay.*``, that its log_prob needs, with their shapes.
+        density: Whether ``act`` with noise gives log_prob_BT, and ``log_prob`` computes it.
+        max_delay: Actions of a prefix that ``act`` can continue (training-time RTC); 0: it takes no prefix.
     """
 
     reads: Mapping[str, tuple[int, ...]]
     conditions: Mapping[str, tuple[int, ...]]
     action_dim: int
     horizon: int
-    replay: tuple[str, ...] = ()
+    replay: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    density: bool = False
+    max_delay: int = 0
+
+    @property
+    def images(self) -> dict[str, tuple[int, ...]]:
+        """The cameras among ``reads``: uint8 (height, width, channels)."""
+        return {name: shape for name, shape in self.reads.items() if name.startswith(IMAGE_PREFIX)}
+
+    @property
+    def vectors(self) -> dict[str, tuple[int, ...]]:
+        """All other features among ``reads``; these are normalised."""
+        return {name: shape for name, shape in self.reads.items() if not name.startswith(IMAGE_PREFIX)}
 
     def check_robot(self, spec: RobotSpec) -> None:
         """Raises PolicyError, naming both sides, when this policy cannot drive that robot."""
@@ -63,26 +82,81 @@ class Chunk:
 
 
 class Policy(Protocol):
-    """A torch module with these methods. ``obs`` maps feature and condition names to (B, ...) tensors."""
+    """A torch module with these methods. ``obs`` maps names of features and conditions to (B, ...) tensors; images are uint8
+    (B, height, width, channels). Rows do not depend on each other.
+
+    Optional: ``frozen``, names of child modules that are never trained, nor published: whoever builds the policy has them.
+    """
 
     spec: PolicySpec
 
+    def set_statistics(self, statistics: Mapping[str, Statistics]) -> None:
+        """Sets the normalisation, of all ``spec.vectors`` and of "action". It lies in buffers and travels with the weights.
+
+        Raises:
+            PolicyError: A feature is missing, of another size, or not finite.
+        """
+        ...
+
     def noise(self, batch_size: int, generator: torch.Generator | None) -> Any:
-        """Whatever randomness act and the loss need; None where there is none."""
+        """Whatever randomness act and the loss need, by name, each (B, ...) on the CPU; None where there is none. Rows are
+        independent draws: a part of them serves a part of the batch."""
         ...
 
     def act(self, obs: Mapping[str, Tensor], noise: Any = None, guidance: float = 1.0) -> Chunk:
-        """noise=None: deterministic."""
+        """A chunk for each row. With ``noise`` a sample, with its log_prob_BT where there is a density; noise=None:
+        deterministic, what is deployed.
+
+        Args:
+            guidance: Classifier-free, of the condition "advantage": 0 leaves it out, 1 takes it as given.
+        """
         ...
 
     def log_prob(self, obs: Mapping[str, Tensor], chunk: Chunk) -> Tensor:
-        """(B, T). Raises PolicyError if the family has no density."""
+        """(B, T), by decision (token, step, or step of a transition), in float32, differentiable: of what ``act`` returned for
+        these obs. Equal to its log_prob_BT to the bit for the same weights, rows and device.
+
+        Raises:
+            PolicyError: The family has no density, or a replay column is missing.
+        """
+        ...
+
+    def decision_mask(self, chunk: Chunk, mask_BH: Tensor) -> Tensor:
+        """(B, T): which decisions belong to the steps of ``mask_BH`` (executed ones, say). Others are padding."""
         ...
 
     def imitation_loss(self, obs: Mapping[str, Tensor], chunk: Chunk, mask_BH: Tensor, noise: Any = None) -> Tensor:
-        """(B,): mean over the valid actions of each sample."""
+        """(B,): mean over the valid actions of each sample, 0 where none is valid. Masked actions may be anything, NaN too.
+
+        Args:
+            noise: Of ``noise``; None where no augmentation is wanted and the family's loss needs no randomness.
+        """
         ...
 
     def embed(self, obs: Mapping[str, Tensor]) -> Tensor:
         """(B, F): features for value functions, failure detection, pseudo-counts."""
         ...
+
+
+def acting_conditions(spec: PolicySpec, embedding: Tensor) -> dict[str, Tensor]:
+    """The conditions of a policy that is to do its best: the task's instruction, positive advantage.
+
+    Args:
+        embedding: (E,), or (B, E).
+
+    Raises:
+        PolicyError: The policy was made for embeddings of another size.
+    """
+    rows = embedding.reshape(-1, embedding.shape[-1])
+    conditions: dict[str, Tensor] = {}
+    if INSTRUCTION in spec.conditions:
+        if (rows.shape[1],) != tuple(spec.conditions[INSTRUCTION]):
+            raise PolicyError(
+                f"the task's instruction has an embedding of {rows.shape[1]} elements",
+                rule=f"the policy reads 'instruction' of shape {tuple(spec.conditions[INSTRUCTION])}",
+                remedy="use the instruction encoder that the policy was trained with",
+            )
+        conditions[INSTRUCTION] = rows
+    if ADVANTAGE in spec.conditions:
+        conditions[ADVANTAGE] = torch.ones(len(rows), device=rows.device)
+    return conditions

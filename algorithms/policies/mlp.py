@@ -15,15 +15,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from algorithms.policies.base import INSTRUCTION, Chunk, PolicySpec
+from algorithms.policies.normalise import Normaliser
+from algorithms.policies.statistics import Statistics
 from fleet.errors import PolicyError
-
-MIN_STD = 1e-2  # features that hardly vary in the start data are divided by this at least
-MAX_NORMALISED = 5.0  # what is far from the start data is clipped, so that it cannot blow up the output
 
 
 @dataclasses.dataclass
@@ -64,35 +62,19 @@ class MlpPolicy(nn.Module):
             )
         self._instruction_dim, self._obs_gain = config.instruction_dim, config.obs_gain
         conditions = {INSTRUCTION: (config.instruction_dim,)} if config.instruction_dim else {}
-        self.spec = PolicySpec(reads, conditions, config.action_dim, config.horizon)
-        num_obs = sum(math.prod(shape) for shape in reads.values())
-        sizes = [num_obs + config.instruction_dim] + [config.width] * config.num_layers
+        self.spec = PolicySpec(reads, conditions, config.action_dim, config.horizon, density=True)
+        self.normaliser = Normaliser(reads)
+        sizes = [self.normaliser.size + config.instruction_dim] + [config.width] * config.num_layers
         layers: list[nn.Module] = []
         for num_in, num_out in itertools.pairwise(sizes):
             layers += [nn.Linear(num_in, num_out), nn.LayerNorm(num_out), nn.ReLU()]
         self.trunk = nn.Sequential(*layers)
         self.head = nn.Linear(config.width, config.horizon * config.action_dim)
         self.log_std_A = nn.Parameter(torch.full((config.action_dim,), float(config.log_std)))
-        self.obs_mean_S: Tensor
-        self.obs_std_S: Tensor
-        self.register_buffer("obs_mean_S", torch.zeros(num_obs))
-        self.register_buffer("obs_std_S", torch.ones(num_obs))
 
-    def set_statistics(self, mean: Mapping[str, Any], std: Mapping[str, Any]) -> None:
-        """Sets the normalisation: mean and standard deviation of each feature in ``spec.reads``, arrays of its shape.
-
-        Raises:
-            PolicyError: A feature is missing, of another size, or not finite.
-        """
-        for buffer, values in ((self.obs_mean_S, mean), (self.obs_std_S, std)):
-            parts = []
-            for name, shape in self.spec.reads.items():
-                part = np.asarray(values.get(name, ()), np.float32).reshape(-1)
-                if part.size != math.prod(shape) or not np.isfinite(part).all():
-                    raise PolicyError(f"statistics of {name!r} have {part.size} elements", rule=f"finite, of shape {shape}")
-                parts.append(part)
-            buffer.copy_(torch.from_numpy(np.concatenate(parts)))
-        self.obs_std_S.clamp_(min=MIN_STD)
+    def set_statistics(self, statistics: Mapping[str, Statistics]) -> None:
+        """Of observations; actions are taken as they are."""
+        self.normaliser.set_statistics(statistics)
 
     def noise(self, batch_size: int, generator: torch.Generator | None) -> Tensor:
         """Standard normal (B, H, A)."""
@@ -108,6 +90,10 @@ class MlpPolicy(nn.Module):
         """(B, H): log density of each action of the chunk, summed over A."""
         return self._log_density(self._mean(obs), chunk.actions_BHA)
 
+    def decision_mask(self, chunk: Chunk, mask_BH: Tensor) -> Tensor:
+        """Each step is a decision."""
+        return mask_BH
+
     def imitation_loss(self, obs: Mapping[str, Tensor], chunk: Chunk, mask_BH: Tensor, noise: Any = None) -> Tensor:
         """(B,): L1 distance of the mean, averaged over A and the valid actions; 0 where none is valid."""
         # Masked actions may be padded with anything, NaN included: they must not reach the difference.
@@ -117,10 +103,7 @@ class MlpPolicy(nn.Module):
 
     def embed(self, obs: Mapping[str, Tensor]) -> Tensor:
         """(B, F): the last hidden layer."""
-        parts = [obs[name].flatten(1) for name in self.spec.reads]
-        joined_BS = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-        normalised_BS = ((joined_BS - self.obs_mean_S) / self.obs_std_S).clamp(-MAX_NORMALISED, MAX_NORMALISED)
-        joined_BS = self._obs_gain * normalised_BS
+        joined_BS = self._obs_gain * self.normaliser(obs)
         if self.spec.conditions:
             # A unit vector of E elements would be drowned by the features, which have about unit variance each.
             joined_BS = torch.cat([joined_BS, obs[INSTRUCTION] * math.sqrt(self._instruction_dim)], 1)

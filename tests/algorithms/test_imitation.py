@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,6 +9,7 @@ from algorithms.ema import Ema
 from algorithms.hg_dagger import HgDagger, HgDaggerConfig
 from algorithms.policies.base import INSTRUCTION, Chunk
 from algorithms.policies.registry import build
+from algorithms.policies.statistics import Statistics
 from fleet.errors import ConfigError
 from fleet.robot import Source
 from fleet.spec import STATE
@@ -134,12 +136,12 @@ def test_learning_rate_falls_after_the_start_and_on_resume():
 def test_acting_is_the_moving_average_with_the_newest_statistics():
     policy = _policy()
     algorithm = HgDagger(policy, HgDaggerConfig(start_learning_rate=1e-2))
-    policy.set_statistics({STATE: torch.full((6,), 2.0)}, {STATE: torch.ones(6)})
+    policy.set_statistics({STATE: Statistics.of(np.full((2, 6), 2.0))})
     _train(algorithm, 30)
     acting = algorithm.acting()
     assert not any(p.requires_grad for p in acting.parameters())
     assert (acting.head.weight - policy.head.weight).abs().max() > 1e-4
-    assert torch.equal(acting.obs_mean_S, torch.full((6,), 2.0))
+    assert torch.equal(acting.normaliser.mean_S, torch.full((6,), 2.0))
     assert acting.state_dict().keys() == policy.state_dict().keys()
     newest = Bc(policy, BcConfig(ema_decay=0.0))
     _train(newest, 2)

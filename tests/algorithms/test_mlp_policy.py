@@ -1,9 +1,12 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from algorithms.policies.base import INSTRUCTION, Chunk
 from algorithms.policies.registry import build
+from algorithms.policies.statistics import Statistics
 from fleet.errors import PolicyError
 from fleet.spec import STATE
 
@@ -68,9 +71,12 @@ def test_imitation_loss_is_masked_l1():
 def test_statistics_travel_with_the_weights_and_normalise():
     policy, obs = _policy(), _obs()
     before = policy.act(obs).actions_BHA
-    mean = {STATE: np.full(6, 10.0), "observation.effort": np.full((2, 2), -3.0)}
-    std = {STATE: np.full(6, 2.0), "observation.effort": np.full((2, 2), 0.5)}
-    policy.set_statistics(mean, std)
+    spread = np.array([-1.0, 1.0])
+    statistics = {
+        STATE: Statistics.of(10 + 2 * spread[:, None].repeat(6, 1)),
+        "observation.effort": Statistics.of(-3 + 0.5 * spread[:, None, None] * np.ones((2, 2))),
+    }
+    policy.set_statistics(statistics)
     shifted = {
         STATE: obs[STATE] * 2 + 10,
         "observation.effort": obs["observation.effort"] * 0.5 - 3,
@@ -80,13 +86,13 @@ def test_statistics_travel_with_the_weights_and_normalise():
     other = build(policy.family, policy.config)
     other.load_state_dict(policy.state_dict())
     torch.testing.assert_close(other.act(shifted).actions_BHA, policy.act(shifted).actions_BHA)
-    policy.set_statistics(mean, {name: value * 0 for name, value in std.items()})
+    policy.set_statistics({name: dataclasses.replace(known, std=known.std * 0) for name, known in statistics.items()})
     far = {name: value * 1e9 for name, value in obs.items()} | {INSTRUCTION: obs[INSTRUCTION]}
     assert policy.act(far).actions_BHA.abs().max() < 100
     with pytest.raises(PolicyError, match=r"observation\.effort"):
-        policy.set_statistics({STATE: np.zeros(6)}, std)
+        policy.set_statistics({STATE: statistics[STATE]})
     with pytest.raises(PolicyError, match="finite"):
-        policy.set_statistics({**mean, STATE: np.full(6, np.nan)}, std)
+        policy.set_statistics({**statistics, STATE: Statistics.of(np.full((2, 6), np.nan))})
 
 
 def test_the_instruction_matters_and_can_be_left_out():

@@ -68,7 +68,9 @@ def test_from_a_log_to_a_release_that_a_robot_can_load(tmp_path):
         "conditions": {"instruction": [4]},
         "action_dim": 2,
         "horizon": 4,
-        "replay": [],
+        "replay": {},
+        "density": True,
+        "max_delay": 0,
     }
     policy = build(manifest.policy["family"], manifest.policy["config"])
     policy.load_state_dict(load(store.load(store.newest())))

@@ -219,7 +219,7 @@ def test_any_number_of_ranks_follows_the_curve_of_one(tmp_path):
     for ranks, steps in zip(played, (range(1, 41), range(1, 41), range(1, 16), range(16, 28), range(28, 41)), strict=True):
         assert_same_curve([told for told in ranks if told is not None], straight, steps)
     alone = weights_of(tmp_path / "one")
-    assert "obs_mean_S" in alone
+    assert "normaliser.mean_S" in alone
     for path in (two, three, cut):
         for name, value in weights_of(path).items():
             np.testing.assert_allclose(value, alone[name], rtol=1e-3, atol=1e-4, err_msg=name)
@@ -273,7 +273,7 @@ def test_shards_that_are_empty_hold_nobody(tmp_path):
     fill(both, episodes=2)
     fill(both, episodes=6, robot="r3")
     assert play(RankPlace(), [Scene([both.path], make_tables(steps=1))])[0].step == 1
-    for name in ("obs_mean_S", "obs_std_S"):
+    for name in ("normaliser.mean_S", "normaliser.std_S"):
         np.testing.assert_allclose(weights_of(uneven)[name], weights_of(both.path)[name], rtol=0.05)
 
 

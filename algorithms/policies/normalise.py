@@ -1,0 +1,91 @@
+"""Observations and actions on the scale that networks learn on. The numbers lie in buffers: they travel with the weights.
+
+Shape suffixes: B batch, H chunk length, A action dims, S joined observation dims.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from algorithms.policies.statistics import Statistics, joined
+from fleet.errors import PolicyError
+from fleet.spec import ACTION, RobotSpec
+
+MIN_STD = 1e-2  # features that hardly vary in the start data are divided by this at least
+MAX_NORMALISED = 5.0  # what is far from the start data is clipped, so that it cannot blow up the output
+STILL = 1e-6  # an action dimension whose range is below this does not move: it is shifted, not scaled
+FAR = 2.0  # times the robot's range: actions that were trained on cannot be meant for a robot whose bounds they pass so far
+
+
+class Normaliser(nn.Module):
+    """Joins vector features and brings each element to mean 0, deviation 1, clipped to ``MAX_NORMALISED``."""
+
+    mean_S: Tensor
+    std_S: Tensor
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.shapes = dict(shapes)
+        self.size = sum(math.prod(shape) for shape in self.shapes.values())
+        self.register_buffer("mean_S", torch.zeros(self.size))
+        self.register_buffer("std_S", torch.ones(self.size))
+
+    def set_statistics(self, statistics: Mapping[str, Statistics]) -> None:
+        """Raises PolicyError when one is missing, of another shape, or not finite."""
+        mean, std = joined(statistics, self.shapes, "mean"), joined(statistics, self.shapes, "std")
+        self.mean_S.copy_(torch.from_numpy(mean))
+        self.std_S.copy_(torch.from_numpy(std)).clamp_(min=MIN_STD)
+
+    def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """(B, S), in the dtype of the buffers."""
+        joined_BS = torch.cat([obs[name].flatten(1).to(self.mean_S.dtype) for name in self.shapes], 1)
+        return ((joined_BS - self.mean_S) / self.std_S).clamp(-MAX_NORMALISED, MAX_NORMALISED)
+
+
+class ActionScale(nn.Module):
+    """Maps the 1 % to 99 % range of the data's actions to [-1, 1], by dimension; the identity until statistics are set."""
+
+    center_A: Tensor
+    half_A: Tensor
+
+    def __init__(self, action_dim: int) -> None:
+        super().__init__()
+        self.action_dim = action_dim
+        self.register_buffer("center_A", torch.zeros(action_dim))
+        self.register_buffer("half_A", torch.ones(action_dim))
+
+    def set_statistics(self, statistics: Mapping[str, Statistics]) -> None:
+        """Raises PolicyError when those of "action" are missing, of another shape, or not finite."""
+        shapes = {ACTION: (self.action_dim,)}
+        low = torch.from_numpy(joined(statistics, shapes, "low"))
+        high = torch.from_numpy(joined(statistics, shapes, "high"))
+        half = (high - low) / 2
+        self.center_A.copy_((high + low) / 2)
+        self.half_A.copy_(torch.where(half > STILL, half, torch.ones_like(half)))
+
+    def normalise(self, actions_BHA: Tensor) -> Tensor:
+        """Robot's units -> about [-1, 1]. In float32."""
+        return (actions_BHA.float() - self.center_A.float()) / self.half_A.float()
+
+    def restore(self, scaled_BHA: Tensor) -> Tensor:
+        """The reverse of ``normalise``, in float32."""
+        return scaled_BHA.float() * self.half_A.float() + self.center_A.float()
+
+    def check_robot(self, spec: RobotSpec) -> None:
+        """Raises PolicyError when actions like those trained on lie far outside of what the robot accepts: another unit,
+        another robot."""
+        low, high = spec.action.low, spec.action.high
+        if low is None or high is None:
+            return
+        reach = FAR * (high - low)
+        first, last = (self.center_A - self.half_A).min().item(), (self.center_A + self.half_A).max().item()
+        if first < low - reach or last > high + reach:
+            raise PolicyError(
+                f"the policy was trained on actions from {first:.4g} to {last:.4g}",
+                rule=f"robot type {spec.robot_type!r} accepts 'action' from {low:.4g} to {high:.4g}, unit {spec.action.unit!r}",
+                remedy="use a policy for this robot and its units",
+            )

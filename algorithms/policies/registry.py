@@ -12,6 +12,7 @@ from fleet.lookup import check_settings, resolve
 
 FAMILIES = {
     "mlp": "algorithms.policies.mlp:MlpPolicy",
+    "best_of": "algorithms.policies.best_of:BestOf",
 }
 
 

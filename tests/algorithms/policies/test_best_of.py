@@ -90,6 +90,8 @@ def test_the_critic_travels_with_the_policy():
     best = _best()
     spread = np.array([-1.0, 1.0])[:, None]
     best.set_statistics({STATE: Statistics.of(3 + 2 * spread.repeat(6, 1)), ACTION: Statistics.of(spread.repeat(A, 1))})
+    for part in (best.policy, best.critic):
+        torch.testing.assert_close(part.normaliser.mean_S, torch.full((6,), 3.0))
     tensors = published(best)
     assert {"policy.head.weight", "critic.head.weight", "critic.normaliser.mean_S"} <= set(tensors)
     other = build(best.family, best.config)

@@ -80,11 +80,11 @@ class Bc:
         return self._ema.module
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step, "ema": self._ema.module.state_dict()}
+        return {"step": self._step, "ema": self._ema.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._step = int(state["step"])
-        self._ema.module.load_state_dict(state["ema"])
+        self._ema.load_state_dict(state["ema"])
 
     def _make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay)

@@ -119,11 +119,11 @@ class HgDagger:
         return self._ema.module
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step, "ema": self._ema.module.state_dict()}
+        return {"step": self._step, "ema": self._ema.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._step = int(state["step"])
-        self._ema.module.load_state_dict(state["ema"])
+        self._ema.load_state_dict(state["ema"])
         self._set_learning_rate()
 
     def _set_learning_rate(self) -> None:

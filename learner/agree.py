@@ -13,6 +13,7 @@ from fastcrc import crc32
 from torch import Tensor
 
 from algorithms.base import Algorithm
+from algorithms.policies.registry import published
 from fleet.errors import LearnerError
 from fleet.spec import RobotSpec
 from learner.checkpoint import Checkpoint, Checkpoints
@@ -57,7 +58,7 @@ def require_equal(ranks: Ranks, algorithm: Algorithm, weights: Mapping[str, Mapp
     """
     if ranks.size == 1:
         return
-    acting: Mapping[str, Tensor] = algorithm.acting().state_dict()
+    acting: Mapping[str, Tensor] = published(algorithm.acting())
     digests = ranks.gather([digest({**weights, "acting": acting})])[:, 0]
     differ = np.flatnonzero(digests != digests[0]).tolist()
     if differ:

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from algorithms.base import Batch, LossOutput
-from fleet.errors import LearnerError
-from learner.memory import is_short
+from algorithms.policies.registry import load_published
+from fleet.errors import LearnerError, PolicyError
 from learner.ranks import Ranks
 
 LossFunction = Callable[[str, Batch], LossOutput]
@@ -63,8 +63,8 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """Parameters (float32 where the engine keeps them so) and buffers of each part by name: whole, on the CPU where they
-        had to be put together, else the live ones."""
+        """Parameters (float32 where the engine keeps them so) and buffers of each part by name, without modules that are
+        frozen for good: whole, on the CPU where they had to be put together, else the live ones."""
         ...
 
     def load_weights(self, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -270,11 +270,10 @@ def load_modules(modules: Mapping[str, nn.Module], weights: Mapping[str, Mapping
     """
     for name, module in modules.items():
         try:
-            module.load_state_dict(weights[name])
-        except (KeyError, RuntimeError) as error:
-            if is_short(error):
-                raise
-            raise LearnerError(f"part {name!r} does not fit: {error}"[:500], rule="same modules, same shapes") from None
+            load_published(module, weights[name])
+        except (KeyError, PolicyError) as error:
+            said = error.what if isinstance(error, PolicyError) else "there is no such part"
+            raise LearnerError(f"part {name!r} does not fit: {said}"[:500], rule="same modules, same shapes") from None
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Parameters) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.base import Algorithm, Batch
+from algorithms.policies.registry import published
 from learner.engine import (
     LossFunction,
     LossModule,
@@ -116,7 +117,7 @@ class TorchEngine:
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """See Engine. The tensors are the live ones."""
-        return {name: module.state_dict() for name, module in self._modules.items()}
+        return {name: published(module) for name, module in self._modules.items()}
 
     def load_weights(self, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
         """See Engine."""

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from algorithms.base import Algorithm
+from algorithms.policies.registry import describe, published
 from learner.agree import require_equal
 from learner.background import Background, Fact
 from learner.budget import Budget
 from learner.checkpoint import Checkpoint, Checkpoints
 from learner.copies import Copies
 from learner.engine import Engine
-from learner.publisher import Publisher, describe
+from learner.publisher import Publisher
 from learner.ranks import Ranks
 
 
@@ -86,7 +87,7 @@ class Keep:
             if publisher is None or not publisher.wants(step):
                 return
             acting = algorithm.acting()
-            copy, policy, name = self._weights.take(acting.state_dict()), describe(acting), algorithm.name
+            copy, policy, name = self._weights.take(published(acting)), describe(acting), algorithm.name
 
         def job() -> Fact:
             manifest = publisher.publish(copy.state, policy, name, step, stats)

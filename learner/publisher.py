@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -48,11 +47,3 @@ class Publisher:
         if self._keep:
             self._store.prune(self._keep)
         return manifest
-
-
-def describe(policy: Any) -> dict[str, Any]:
-    """``family``, ``config`` and ``spec`` of a policy made by ``algorithms.policies.registry.build``, as plain data."""
-    spec = dataclasses.asdict(policy.spec)
-    for name in ("reads", "conditions", "replay"):
-        spec[name] = {key: list(shape) for key, shape in spec[name].items()}
-    return {"family": policy.family, "config": dict(policy.config), "spec": spec}

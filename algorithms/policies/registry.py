@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from algorithms.policies.frozen import fingerprints, freeze, require_same_frozen
 from fleet.errors import PolicyError
 from fleet.lookup import check_settings, resolve
 
@@ -29,13 +31,38 @@ def build(family: str, config: Mapping[str, Any]) -> Any:
     check_settings(cls.Config, config, kind=f"policy family {family!r}", error=PolicyError)
     policy = cls(cls.Config(**config))
     policy.family, policy.config = family, dict(config)
+    freeze(policy)
     return policy
 
 
-def published(policy: Any) -> dict[str, Tensor]:
-    """What a release of this policy holds: its state but for the modules that it names in ``policy.frozen``."""
+def describe(policy: Any) -> dict[str, Any]:
+    """What a release says of its policy, as plain data: ``family``, ``config``, ``spec``, and ``frozen``, hashes by name."""
+    spec = dataclasses.asdict(policy.spec)
+    for name in ("reads", "conditions", "replay"):
+        spec[name] = {key: list(shape) for key, shape in spec[name].items()}
+    return {"family": policy.family, "config": dict(policy.config), "spec": spec, "frozen": fingerprints(policy)}
+
+
+def rebuild(described: Mapping[str, Any]) -> Any:
+    """The policy that ``describe`` described, with fresh weights: ``load_published`` gives it those of a release.
+
+    Raises:
+        PolicyError: As ``build``; or the frozen modules here are others than those that the weights were trained with.
+    """
+    policy = build(str(described["family"]), described["config"])
+    require_same_frozen(policy, described)
+    return policy
+
+
+def published(policy: Any, *, keep_vars: bool = False) -> dict[str, Tensor]:
+    """What is learnt, and what a release holds: the state of a policy, or of any module, but for those that ``frozen``
+    names. The tensors are the live ones.
+
+    Args:
+        keep_vars: As of ``nn.Module.state_dict``: parameters themselves, not what they hold.
+    """
     frozen = tuple(f"{name}." for name in getattr(policy, "frozen", ()))
-    return {name: tensor for name, tensor in policy.state_dict().items() if not name.startswith(frozen)}
+    return {name: tensor for name, tensor in policy.state_dict(keep_vars=keep_vars).items() if not name.startswith(frozen)}
 
 
 def load_published(policy: Any, weights: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.base import Batch, LossOutput, Part
+from algorithms.policies.registry import published
 from fleet.errors import ConfigError
 from learner.engine import LossFunction, LossModule, trainable
 from learner.main import EngineConfig
@@ -39,10 +40,10 @@ class ZeroPart:
         _check(name, self.stage, base, self.trained.values())
         names = {id(p): key for key, p in self.trained.items()}
         groups = [[names[id(p)] for p in group["params"]] for group in base.param_groups]
-        shapes = {key: value.shape for key, value in module.state_dict().items()}
+        shapes = {key: value.shape for key, value in published(module).items()}
         fixed = {p: p.detach().to("cpu", copy=True) for p in self.sharded if not p.requires_grad}
         lower = config.dtype == "bfloat16" and self.stage > 0
-        exact = {key: value.to("cpu", copy=True) for key, value in module.state_dict().items()} if lower else {}
+        exact = {key: value.to("cpu", copy=True) for key, value in published(module).items()} if lower else {}
         self._total = TotalLoss(LossModule(name, module, config.dtype), self.trained, self.stage, ranks)
         settings = _deepspeed_config(config, self.stage, num_trained, device)
         self.engine, self._zero, *_ = deepspeed.initialize(model=self._total, optimizer=base, config=settings)
@@ -170,7 +171,7 @@ class ZeroPart:
     def close(self) -> None:
         """Makes the module a plain one, with whole float32 parameters: new objects."""
         module, device = self._shares.module, self._shares.device
-        whole = {name: value.to(device) for name, value in self.weights().items()}
+        whole = {name: value.to(device) for name, value in self._shares.whole().items()}
         plain = {p: nn.Parameter(whole[name], p.requires_grad) for name, p in module.named_parameters()}
         for hook in self._hooks:
             hook.remove()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from algorithms.policies.registry import published
 from fleet.errors import LearnerError
 from learner.engine import load_optimizer, optimizer_state, require_same_optimizer
 from learner.ranks import Ranks
@@ -24,7 +25,7 @@ class Shares:
     Args:
         name: Of the part.
         trained: Its trained parameters by name.
-        shapes: Of everything in the module's state dict when it was whole.
+        shapes: Of what is learnt and kept (``published``) when it was whole.
         fixed: Parameters that are not trained, and their whole values as they were before any bfloat16.
         groups: Names by parameter group of the optimizer.
         base: The part's own optimizer; in a sharded part it steps flat tensors, see ``flats``.
@@ -44,10 +45,17 @@ class Shares:
     ranks: Ranks
 
     def weights(self) -> dict[str, Tensor]:
-        """Whole parameters in float32, and buffers, by name."""
+        """Whole parameters in float32, and buffers, by name, without modules that are frozen for good."""
+        return self._whole_of(published(self.module, keep_vars=True))
+
+    def whole(self) -> dict[str, Tensor]:
+        """The same of everything in the module."""
+        return self._whole_of(self.module.state_dict(keep_vars=True))
+
+    def _whole_of(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         whole: dict[int, Tensor] = {}
         named: dict[str, Tensor] = {}
-        for name, value in self.module.state_dict(keep_vars=True).items():
+        for name, value in state.items():
             if isinstance(value, nn.Parameter):
                 if id(value) not in whole:
                     whole[id(value)] = self._whole(value)
@@ -71,8 +79,8 @@ class Shares:
         if self.stage == 3:
             self.zero._partition_all_parameters()
         with torch.no_grad():
-            for name, value in self.module.state_dict(keep_vars=True).items():
-                if value in self.fixed:
+            for name, value in published(self.module, keep_vars=True).items():
+                if isinstance(value, nn.Parameter) and value in self.fixed:
                     self.fixed[value].copy_(saved[name])
                 elif isinstance(value, nn.Parameter) and self.stage:
                     self._set(value, saved[name])

@@ -28,7 +28,7 @@ from fleet.spec import STATE
 from infra.evaluator import EvaluatorConfig, due, serve
 from infra.results import add_results, newest_tested, read_results, results_file, success_rate
 from infra.run_config import load_tables, write_catalogue
-from learner.publisher import describe
+from algorithms.policies.registry import describe
 from tests.command_line import ENV, ROOT
 
 RUN_FILE = """

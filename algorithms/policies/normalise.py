@@ -6,7 +6,7 @@ Shape suffixes: B batch, H chunk length, A action dims, S joined observation dim
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,28 +22,72 @@ FAR = 2.0  # times the robot's range: actions that were trained on cannot be mea
 
 
 class Normaliser(nn.Module):
-    """Joins vector features and brings each element to mean 0, deviation 1, clipped to ``MAX_NORMALISED``."""
+    """Joins vector features and brings each element to mean 0, deviation 1, clipped to ``MAX_NORMALISED``.
+
+    Args:
+        shapes: Of the features, by name.
+        select: Elements that are read of a flattened feature, by its name: the gripper alone, where a simulator's state holds
+            the objects too. Features that are not named are read whole; an empty list leaves a feature out.
+
+    Raises:
+        PolicyError: ``select`` names another feature, or elements that it does not have.
+    """
 
     mean_S: Tensor
     std_S: Tensor
+    chosen_S: Tensor | None
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], select: Mapping[str, Sequence[int]] | None = None) -> None:
         super().__init__()
         self.shapes = dict(shapes)
-        self.size = sum(math.prod(shape) for shape in self.shapes.values())
+        chosen = _places(self.shapes, select or {})
+        self.size = len(chosen)
         self.register_buffer("mean_S", torch.zeros(self.size))
         self.register_buffer("std_S", torch.ones(self.size))
+        self.register_buffer("chosen_S", torch.tensor(chosen) if select else None, persistent=False)
 
     def set_statistics(self, statistics: Mapping[str, Statistics]) -> None:
         """Raises PolicyError when one is missing, of another shape, or not finite."""
-        mean, std = joined(statistics, self.shapes, "mean"), joined(statistics, self.shapes, "std")
-        self.mean_S.copy_(torch.from_numpy(mean))
-        self.std_S.copy_(torch.from_numpy(std)).clamp_(min=MIN_STD)
+        mean, std = (torch.from_numpy(joined(statistics, self.shapes, what)) for what in ("mean", "std"))
+        self.mean_S.copy_(self._choose(mean))
+        self.std_S.copy_(self._choose(std)).clamp_(min=MIN_STD)
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """(B, S), in the dtype of the buffers."""
+        """(B, S), in the dtype of the buffers.
+
+        Raises:
+            PolicyError: A feature is missing, or has another shape.
+        """
+        for name, shape in self.shapes.items():
+            if name not in obs or obs[name].shape[1:] != shape:
+                said = "is missing" if name not in obs else f"is {tuple(obs[name].shape[1:])}"
+                raise PolicyError(f"{name!r} {said} in an observation", rule=f"the policy reads {name!r} of shape {shape}")
         joined_BS = torch.cat([obs[name].flatten(1).to(self.mean_S.dtype) for name in self.shapes], 1)
-        return ((joined_BS - self.mean_S) / self.std_S).clamp(-MAX_NORMALISED, MAX_NORMALISED)
+        return ((self._choose(joined_BS) - self.mean_S) / self.std_S).clamp(-MAX_NORMALISED, MAX_NORMALISED)
+
+    def _choose(self, joined: Tensor) -> Tensor:
+        return joined if self.chosen_S is None else joined.index_select(-1, self.chosen_S.to(joined.device))
+
+
+def _places(shapes: Mapping[str, tuple[int, ...]], select: Mapping[str, Sequence[int]]) -> list[int]:
+    """Of the chosen elements among all joined ones."""
+    for name in select:
+        if name not in shapes:
+            raise PolicyError(
+                f"select names {name!r}, which the policy does not read", remedy=f"it reads the vectors {sorted(shapes)}"
+            )
+    places: list[int] = []
+    start = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        wanted = [int(i) for i in select.get(name, range(size))]
+        if any(not 0 <= i < size for i in wanted) or len(set(wanted)) < len(wanted):
+            raise PolicyError(
+                f"select[{name!r}] = {wanted}", rule=f"different elements of {size}, counted from 0 in the flattened feature"
+            )
+        places += [start + i for i in wanted]
+        start += size
+    return places
 
 
 class ActionScale(nn.Module):

@@ -13,7 +13,8 @@ from fleet.errors import PolicyError
 from fleet.lookup import check_settings, resolve
 
 FAMILIES = {
-    "mlp": "algorithms.policies.mlp:MlpPolicy",
+    "mlp": "algorithms.policies.gaussian:MlpPolicy",
+    "cnn": "algorithms.policies.gaussian:CnnPolicy",
     "best_of": "algorithms.policies.best_of:BestOf",
 }
 

@@ -18,12 +18,13 @@ from fleet.lookup import resolve
 VISION = {"cnn": "algorithms.policies.vision:Cnn"}
 
 
-def make_vision(name: str, shape: tuple[int, ...], width: int) -> Any:
+def make_vision(name: str, shape: tuple[int, ...], width: int, camera: str = "") -> Any:
     """A module (B, height, width, channels) uint8 -> (B, N, F), with the attribute ``num_tokens``.
 
     Args:
         name: A key of ``VISION``, or module:Class.
         shape: Of the camera's images.
+        camera: Its name, for messages.
 
     Raises:
         PolicyError: The name is unknown, or the images are too small.

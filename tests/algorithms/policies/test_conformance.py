@@ -14,10 +14,9 @@ import torch
 from algorithms.base import noise_of
 from algorithms.ema import Ema
 from algorithms.policies.base import ADVANTAGE, DELAY, PREFIX, Chunk
-from algorithms.policies.registry import build, load_published, published
+from algorithms.policies.registry import build, describe, load_published, published
 from fleet.errors import PolicyError
 from fleet.spec import ACTION
-from learner.publisher import describe
 from tests.algorithms.policies import cases
 from tests.algorithms.policies.cases import CASES, B, make, noise, observe, prefixed, rows, statistics_of, targets
 

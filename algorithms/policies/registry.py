@@ -15,6 +15,8 @@ from fleet.lookup import check_settings, resolve
 FAMILIES = {
     "mlp": "algorithms.policies.gaussian:MlpPolicy",
     "cnn": "algorithms.policies.gaussian:CnnPolicy",
+    "flow": "algorithms.policies.flow:FlowPolicy",
+    "token": "algorithms.policies.token:TokenPolicy",
     "best_of": "algorithms.policies.best_of:BestOf",
 }
 

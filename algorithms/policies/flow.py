@@ -1,0 +1,383 @@
+"""Flow-matching policy: a chunk of actions is denoised in a few steps (pi0, arXiv 2410.24164), looking at the observation.
+
+    imitation   E ||v(x_t, t, o) - (e - x_0)||^2,  x_t = (1 - t) x_0 + t e,  x_0 the chunk scaled to about [-1, 1]
+    acting      x from t = 1 (noise) to t = 0 in K Euler steps
+
+``act`` without noise starts from one draw that lies in the weights. With noise and ``noise_level`` a = 0 it starts from the
+noise, and there is no density. With a > 0 steps are drawn (flow_sde.py): those of all steps, or of one step a chunk that is
+drawn too (pi_RL, arXiv 2510.25889). What was drawn is recorded in ``replay.chain``; its density is by transition and action,
+T = transitions x H, transitions first.
+
+"advantage" (RECAP, arXiv 2511.14759) is one more condition: v = v_absent + guidance (v_given - v_absent).
+
+With ``max_delay`` D > 0 a chunk continues d <= D actions that are decided already (training-time RTC, arXiv 2512.05964):
+they stay clean, at time 0, while the others are denoised; the loss is of the others.
+
+Shape suffixes: B batch, H chunk length, A action dims, D actions of a prefix, K steps, T decisions, F width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from algorithms.policies.base import ADVANTAGE, DELAY, INSTRUCTION, PREFIX, Chunk, PolicySpec
+from algorithms.policies.flow_head import FlowHead
+from algorithms.policies.flow_sde import log_normal, normal_kl, sde_step, sigmas, times
+from algorithms.policies.normalise import ActionScale
+from algorithms.policies.observation import EncoderConfig, ObservationEncoder
+from algorithms.policies.statistics import Statistics
+from fleet.errors import PolicyError
+
+CHAIN, INDEX, PREFIXED = "replay.chain", "replay.index", "replay.delay"
+Flow = Callable[[Tensor, Tensor], tuple[Tensor, "Tensor | None"]]  # x_BHA, time_B -> velocity, second output of the head
+
+
+@dataclasses.dataclass
+class FlowConfig:
+    reads: Mapping[str, tuple[int, ...]]
+    """Observation features by LeRobot's names, with shapes; cameras too."""
+    action_dim: int
+    """A."""
+    horizon: int = 8
+    """H, actions in a chunk."""
+    instruction_dim: int = 32
+    """E, size of obs["instruction"]; 0 for a policy of one task."""
+    width: int = 128
+    """F, of every token."""
+    num_layers: int = 3
+    """Blocks over the actions."""
+    encoder_layers: int = 1
+    """Blocks over the observation."""
+    num_heads: int = 4
+    """Of attention; divides ``width``."""
+    vision: str = "cnn"
+    """How images become tokens: a key of ``algorithms.policies.vision.VISION``, or module:Class."""
+    shift_pixels: int = 4
+    """Images are moved by up to so many pixels while training; 0: never."""
+    num_steps: int = 10
+    """K, steps from noise to a chunk."""
+    time_sampling: str = "uniform"
+    """Times of the loss: ``uniform``, or ``beta``: t ~ Beta(1.5, 1), more of them near the noise (pi0)."""
+    noise_kind: str = "sde"
+    """How steps are drawn: ``sde``: Flow-SDE; ``learned``: the network says how far (Flow-Noise)."""
+    noise_level: float = 0.0
+    """a of Flow-SDE; 0: only the start is drawn, and there is no density."""
+    noise_std: tuple[float, float] = (0.08, 0.16)
+    """Range of the standard deviation of ``learned`` steps; actions are about in [-1, 1]."""
+    stochastic: str = "all"
+    """Which steps are drawn: ``all``, or ``one`` of each chunk, the others being those of the ODE."""
+    advantage: bool = False
+    """Whether the policy takes the condition "advantage"."""
+    max_delay: int = 0
+    """D, actions that are decided already; below H."""
+
+
+class FlowPolicy(nn.Module):
+    """See the header. Implements ``algorithms.policies.base.Policy``."""
+
+    Config = FlowConfig
+    start_HA: Tensor
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        _check(config)
+        self._config = config
+        self.spec = _spec(config)
+        encoder = EncoderConfig(config.width, config.encoder_layers, config.num_heads, config.vision, config.shift_pixels)
+        self.encoder = ObservationEncoder(self.spec, encoder)
+        sizes = (config.horizon, config.action_dim, config.width, config.num_layers, config.num_heads)
+        self.head = FlowHead(*sizes, spread=config.noise_kind == "learned")
+        self.scale = ActionScale(config.action_dim)
+        self.advantage = nn.Embedding(3, config.width) if config.advantage else None  # absent, positive, negative
+        if self.advantage is not None:
+            nn.init.normal_(self.advantage.weight, std=0.02)
+        start = torch.randn(config.horizon, config.action_dim, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("start_HA", start)
+
+    def set_statistics(self, statistics: Mapping[str, Statistics]) -> None:
+        """Of observations and of "action"."""
+        self.encoder.set_statistics(statistics)
+        self.scale.set_statistics(statistics)
+
+    def noise(self, batch_size: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Standard normal "start" (B, H, A); where there is a density, "steps" (B, J, H, A) of the J transitions that are
+        drawn, with "index" (B,) where one is; of the loss "time" (B,) in [0, 1) and "delay" (B,); what moves images."""
+        config, shape = self._config, (self.spec.horizon, self.spec.action_dim)
+        noise = {
+            "start": torch.randn(batch_size, *shape, generator=generator),
+            "time": torch.rand(batch_size, generator=generator),
+        }
+        if config.max_delay:
+            noise["delay"] = torch.randint(0, config.max_delay + 1, (batch_size,), generator=generator)
+        if self.spec.density:
+            noise["steps"] = torch.randn(batch_size, self._num_drawn, *shape, generator=generator)
+        if INDEX in self.spec.replay:
+            noise["index"] = torch.randint(0, config.num_steps, (batch_size,), generator=generator)
+        return {**noise, **self.encoder.noise(batch_size, generator)}
+
+    def act(self, obs: Mapping[str, Tensor], noise: Any = None, guidance: float = 1.0) -> Chunk:
+        """See ``Policy.act``. Without noise there is no log-probability and nothing to replay. Guided chunks have no
+        log-probability either: they are not draws of what ``log_prob`` is the density of.
+
+        Raises:
+            PolicyError: The prefix has another shape, or is longer than ``max_delay``.
+        """
+        with self._exact():
+            batch, num_steps = len(obs[next(iter(self.spec.reads))]), self._config.num_steps
+            prefix_BHA, fixed_BH = self._prefix(obs, batch)
+            clean_BHA = None if prefix_BHA is None else self.scale.normalise(prefix_BHA)
+            flow = self._flow(obs, fixed_BH, guidance)
+            start_BHA = self.start_HA.float().repeat(batch, 1, 1) if noise is None else self._here(noise["start"])
+            states, means, stds = [_inpaint(start_BHA, clean_BHA, fixed_BH)], [], []
+            for k in range(num_steps):
+                index_B = torch.full((batch,), k, device=start_BHA.device)
+                ode_BHA, mean_BHA, std_BHA = self._step(flow, states[-1], index_B)
+                next_BHA = ode_BHA
+                if noise is not None and self.spec.density:
+                    means.append(mean_BHA)
+                    stds.append(std_BHA)
+                    next_BHA = mean_BHA + std_BHA * self._here(noise["steps"][:, min(k, self._num_drawn - 1)])
+                    if "index" in noise:
+                        next_BHA = torch.where((self._here(noise["index"]) == k)[:, None, None], next_BHA, ode_BHA)
+                states.append(_inpaint(next_BHA, clean_BHA, fixed_BH))
+            chunk = Chunk(_inpaint(self.scale.restore(states[-1]), prefix_BHA, fixed_BH))
+            if not means:
+                return chunk
+            drawn_BJ = torch.arange(num_steps, device=start_BHA.device).expand(batch, -1)
+            chunk.replay[CHAIN] = torch.stack(states, 1)
+            if "index" in noise:
+                drawn_BJ = chunk.replay[INDEX] = self._here(noise["index"])[:, None]
+                chunk.replay[CHAIN] = _rows(chunk.replay[CHAIN], torch.cat([drawn_BJ, drawn_BJ + 1], 1))
+            if fixed_BH is not None:
+                chunk.replay[PREFIXED] = fixed_BH.sum(1, keepdim=True)
+            if self.advantage is None or guidance == 1:
+                mean_BJHA, std_BJHA = (_rows(torch.stack(parts, 1), drawn_BJ) for parts in (means, stds))
+                chunk.log_prob_BT = _log_prob(chunk.replay[CHAIN], mean_BJHA, std_BJHA, fixed_BH)
+        return chunk
+
+    def log_prob(self, obs: Mapping[str, Tensor], chunk: Chunk) -> Tensor:
+        """(B, J H): log density of each transition that was drawn, by action, summed over A; 0 for actions of the prefix. See
+        ``Policy.log_prob``; the prefix comes from the chunk, not from ``obs``."""
+        with self._exact():
+            mean_BJHA, std_BJHA = self.transitions(obs, chunk)
+            return _log_prob(self._replayed(chunk, CHAIN), mean_BJHA, std_BJHA, self._fixed(chunk))
+
+    def transitions(self, obs: Mapping[str, Tensor], chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, J, H, A), on the scale of the chain, of the transitions that were drawn.
+
+        Raises:
+            PolicyError: The policy has no density, or a replay column is missing.
+        """
+        if not self.spec.density:
+            raise PolicyError(
+                "a flow policy without noise_level has no density",
+                rule="log-probabilities need steps that are drawn",
+                remedy="set noise_level above 0, or noise_kind=learned",
+            )
+        with self._exact():
+            chain_BJHA, batch = self._replayed(chunk, CHAIN), len(chunk.actions_BHA)
+            index_BJ = torch.arange(self._config.num_steps, device=chain_BJHA.device).expand(batch, -1)
+            if INDEX in self.spec.replay:
+                index_BJ = self._replayed(chunk, INDEX).long()
+            flow = self._flow(obs, self._fixed(chunk), 1.0)
+            laws = [self._step(flow, chain_BJHA[:, j], index_BJ[:, j])[1:] for j in range(self._num_drawn)]
+            return torch.stack([mean for mean, _ in laws], 1), torch.stack([std for _, std in laws], 1)
+
+    def decision_mask(self, chunk: Chunk, mask_BH: Tensor) -> Tensor:
+        """Each drawn transition of an action is a decision; those of the prefix are none."""
+        fixed_BH = self._fixed(chunk) if self.spec.density else None
+        return (mask_BH if fixed_BH is None else mask_BH * ~fixed_BH).repeat(1, self._num_drawn)
+
+    def imitation_loss(self, obs: Mapping[str, Tensor], chunk: Chunk, mask_BH: Tensor, noise: Any = None) -> Tensor:
+        """(B,): squared error of the velocity at a random time, averaged over A and the valid actions behind the prefix
+        that was drawn. Actions that are not valid are not looked at."""
+        if noise is None:
+            raise PolicyError(
+                "a flow policy's loss was asked for without noise", rule="it is an expectation over noise and time"
+            )
+        valid_BH = mask_BH > 0
+        # Masked actions may be padded with anything, NaN included.
+        target_BHA = self.scale.normalise(torch.where(valid_BH[..., None], chunk.actions_BHA, 0.0))
+        noise_BHA, time_B = self._here(noise["start"]), self._here(noise["time"])
+        if self._config.time_sampling == "beta":
+            time_B = 0.001 + 0.999 * time_B ** (2 / 3)  # the quantile function of Beta(1.5, 1)
+        fixed_BH, x_BHA = None, target_BHA + time_B[:, None, None] * (noise_BHA - target_BHA)
+        seen_BH = valid_BH | ~valid_BH.any(1, keepdim=True)  # attention needs something to look at
+        if self._config.max_delay:
+            delay_B = torch.minimum(self._here(noise["delay"]), valid_BH.sum(1) - 1)  # something is left to be learnt
+            fixed_BH = torch.arange(self.spec.horizon, device=x_BHA.device) < delay_B[:, None]
+            x_BHA, valid_BH = _inpaint(x_BHA, target_BHA, fixed_BH), valid_BH & ~fixed_BH
+        v_BHA, _ = self._flow(obs, fixed_BH, 1.0, noise, seen_BH)(x_BHA, time_B)
+        error_BH = ((v_BHA - (noise_BHA - target_BHA)) ** 2).mean(-1) * valid_BH
+        return error_BH.sum(1) / valid_BH.sum(1).clamp(min=1)
+
+    def embed(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """(B, F): mean of the observation's tokens."""
+        features_BF: Tensor = self.encoder(obs).mean(1)
+        return features_BF
+
+    @property
+    def _num_drawn(self) -> int:
+        """J."""
+        return 1 if self._config.stochastic == "one" else self._config.num_steps
+
+    def _exact(self) -> torch.autocast:
+        """Densities are those of float32, also where the caller trains in another precision."""
+        return torch.autocast(self.start_HA.device.type, enabled=False)
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.start_HA.device)
+
+    def _flow(
+        self,
+        obs: Mapping[str, Tensor],
+        fixed_BH: Tensor | None,
+        guidance: float,
+        augment: Any = None,
+        seen_BH: Tensor | None = None,
+    ) -> Flow:
+        """(x_BHA, time_B) -> (velocity, second output of the head) for these observations."""
+        memory = self.head.memory(self.encoder(obs, augment))
+        given_BF = absent_BF = None
+        if self.advantage is not None:
+            sign_B = obs.get(ADVANTAGE, torch.zeros(len(memory[0][0]), device=self.start_HA.device))
+            given_BF = self.advantage((sign_B > 0) + 2 * (sign_B < 0).long())
+            absent_BF = self.advantage.weight[:1].expand_as(given_BF)
+
+        def flow(x_BHA: Tensor, time_B: Tensor) -> tuple[Tensor, Tensor | None]:
+            time = time_B if fixed_BH is None else time_B[:, None] * ~fixed_BH
+            if self.advantage is None or guidance == 1:
+                return self.head(x_BHA, time, memory, given_BF, seen_BH)
+            absent_BHA, spread_BHA = self.head(x_BHA, time, memory, absent_BF, seen_BH)
+            if guidance == 0:
+                return absent_BHA, spread_BHA
+            v_BHA, spread_BHA = self.head(x_BHA, time, memory, given_BF, seen_BH)
+            return absent_BHA + guidance * (v_BHA - absent_BHA), spread_BHA
+
+        return flow
+
+    def _step(self, flow: Flow, x_BHA: Tensor, index_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From x at the step ``index_B`` of each row: where the ODE leads, and mean and deviation of a drawn step."""
+        num_steps = self._config.num_steps
+        time_B = times(num_steps).float().to(x_BHA.device)[index_B]
+        v_BHA, spread_BHA = flow(x_BHA, time_B)
+        ode_BHA = x_BHA - v_BHA / num_steps
+        if spread_BHA is not None:
+            low, high = (math.log(std) for std in self._config.noise_std)
+            return ode_BHA, ode_BHA, (low + (high - low) * (spread_BHA.tanh() + 1) / 2).exp()
+        sigma_B = sigmas(num_steps, self._config.noise_level).float().to(x_BHA.device)[index_B]
+        mean_BHA, std_B11 = sde_step(x_BHA, v_BHA, time_B[:, None, None], 1 / num_steps, sigma_B[:, None, None])
+        return ode_BHA, mean_BHA, std_B11.expand_as(mean_BHA)
+
+    def _prefix(self, obs: Mapping[str, Tensor], batch: int) -> tuple[Tensor | None, Tensor | None]:
+        """The prefix (B, H, A), robot's units, 0 where it does not count, and where it counts (B, H); None without."""
+        max_delay, shape = self.spec.max_delay, (batch, self.spec.max_delay, self.spec.action_dim)
+        delay_B = self._here(torch.as_tensor(obs.get(DELAY, torch.zeros(batch)))).long()
+        longest = int(delay_B.max())
+        if longest > max_delay or int(delay_B.min()) < 0 or (longest > 0 and obs.get(PREFIX, delay_B).shape != shape):
+            seen = tuple(obs[PREFIX].shape) if PREFIX in obs else None
+            raise PolicyError(
+                f"{DELAY!r} is {longest}, {PREFIX!r} has shape {seen}",
+                rule=f"at most {max_delay} actions (max_delay) of a prefix count, and it has shape {shape}",
+                remedy="train with a larger max_delay" if longest > max_delay else "",
+            )
+        if not max_delay:
+            return None, None
+        fixed_BH = torch.arange(self.spec.horizon, device=delay_B.device) < delay_B[:, None]
+        prefix_BHA = torch.zeros(batch, self.spec.horizon, self.spec.action_dim, device=delay_B.device)
+        if longest:
+            prefix_BHA[:, :max_delay] = self._here(obs[PREFIX]).float()
+        return torch.where(fixed_BH[..., None], prefix_BHA, 0.0), fixed_BH
+
+    def _fixed(self, chunk: Chunk) -> Tensor | None:
+        """(B, H): the prefix of a chunk that was drawn."""
+        if PREFIXED not in self.spec.replay:
+            return None
+        delay_B1 = self._replayed(chunk, PREFIXED)
+        return torch.arange(self.spec.horizon, device=delay_B1.device) < delay_B1
+
+    def _replayed(self, chunk: Chunk, column: str) -> Tensor:
+        """(B, *shape); a learner's columns may be flat."""
+        if column not in chunk.replay:
+            raise PolicyError(
+                f"the chunk has no column {column!r}",
+                rule=f"log-probabilities of this flow policy need {sorted(self.spec.replay)}",
+                remedy="ask for them in BatchNeeds.replay; chunks that were not drawn have none",
+            )
+        return self._here(chunk.replay[column]).reshape(-1, *self.spec.replay[column])
+
+
+def transition_kl(policy: FlowPolicy, reference: FlowPolicy, obs: Mapping[str, Tensor], chunk: Chunk) -> Tensor:
+    """(B, T): exact KL(policy || reference) of each decision of a chunk that was drawn; 0 for its prefix. The reference has no
+    gradient."""
+    mean_BJHA, std_BJHA = policy.transitions(obs, chunk)
+    with torch.no_grad():
+        other_mean_BJHA, other_std_BJHA = reference.transitions(obs, chunk)
+    return _decisions(normal_kl(mean_BJHA, std_BJHA, other_mean_BJHA, other_std_BJHA), policy._fixed(chunk))
+
+
+def _log_prob(chain_BKHA: Tensor, mean_BJHA: Tensor, std_BJHA: Tensor, fixed_BH: Tensor | None) -> Tensor:
+    return _decisions(log_normal(chain_BKHA[:, 1:], mean_BJHA, std_BJHA), fixed_BH)
+
+
+def _decisions(value_BJHA: Tensor, fixed_BH: Tensor | None) -> Tensor:
+    """(B, T): summed over A, 0 in the prefix."""
+    value_BJH = value_BJHA.sum(-1)
+    return (value_BJH if fixed_BH is None else torch.where(fixed_BH[:, None], 0.0, value_BJH)).flatten(1)
+
+
+def _inpaint(x_BHA: Tensor, clean_BHA: Tensor | None, fixed_BH: Tensor | None) -> Tensor:
+    return x_BHA if clean_BHA is None or fixed_BH is None else torch.where(fixed_BH[..., None], clean_BHA, x_BHA)
+
+
+def _rows(value_BKHA: Tensor, index_BJ: Tensor) -> Tensor:
+    return value_BKHA.gather(1, index_BJ[..., None, None].expand(-1, -1, *value_BKHA.shape[2:]))
+
+
+def _spec(config: FlowConfig) -> PolicySpec:
+    conditions: dict[str, tuple[int, ...]] = {INSTRUCTION: (config.instruction_dim,)} if config.instruction_dim else {}
+    if config.advantage:
+        conditions[ADVANTAGE] = ()
+    density, one = config.noise_kind == "learned" or config.noise_level > 0, config.stochastic == "one"
+    replay: dict[str, tuple[int, ...]] = {}
+    if density:
+        replay[CHAIN] = (2 if one else config.num_steps + 1, config.horizon, config.action_dim)
+        replay |= {INDEX: (1,)} if one else {}
+        replay |= {PREFIXED: (1,)} if config.max_delay else {}
+    return PolicySpec(
+        reads={name: tuple(int(n) for n in shape) for name, shape in sorted(config.reads.items())},
+        conditions=conditions,
+        action_dim=config.action_dim,
+        horizon=config.horizon,
+        replay=replay,
+        density=density,
+        max_delay=config.max_delay,
+    )
+
+
+def _check(config: FlowConfig) -> None:
+    sizes = (config.action_dim, config.horizon, config.width, config.num_layers, config.num_heads, config.num_steps)
+    rules = {
+        "reads is not empty; sizes are at least 1; instruction_dim, encoder_layers, shift_pixels are at least 0": bool(
+            config.reads
+        )
+        and min(sizes) >= 1
+        and min(config.instruction_dim, config.encoder_layers, config.shift_pixels) >= 0,
+        "num_heads divides width, which is even": config.width % max(config.num_heads, 2) == 0 and config.width % 2 == 0,
+        "0 <= max_delay < horizon": 0 <= config.max_delay < config.horizon,
+        "time_sampling is uniform or beta": config.time_sampling in ("uniform", "beta"),
+        "noise_kind is sde or learned": config.noise_kind in ("sde", "learned"),
+        "stochastic is all or one": config.stochastic in ("all", "one"),
+        "noise_level is at least 0; 0 < noise_std[0] < noise_std[1]": config.noise_level >= 0
+        and len(config.noise_std) == 2
+        and 0 < config.noise_std[0] < config.noise_std[1],
+    }
+    for rule, kept in rules.items():
+        if not kept:
+            raise PolicyError(f"flow policy of {config}", rule=rule)

@@ -45,7 +45,7 @@ def test_it_acts_by_the_sample_that_the_critic_values_most():
     assert chosen.actions_BHA.shape == (B, H, A) and chosen.log_prob_BT is None and not best.spec.density
     for row in range(B):
         alone = {name: value[row : row + 1].expand(N, *value.shape[1:]) for name, value in obs.items()}
-        samples = best.policy.act(alone, noise[row]).actions_BHA
+        samples = best.policy.act(alone, {name: value[row] for name, value in noise.items()}).actions_BHA
         values = best.critic(alone, samples).mean(0)
         torch.testing.assert_close(chosen.actions_BHA[row], samples[values.argmax()])
         assert values.argmax() != values.argmin()
@@ -62,7 +62,10 @@ def test_more_samples_come_nearer_to_what_the_critic_wants():
     assert distance[64] < 0.5 * distance[4] < 0.5 * distance[1]
     one = _best(1)
     noise = one.noise(B, torch.Generator().manual_seed(0))
-    assert torch.equal(one.act(_obs(), noise).actions_BHA, one.policy.act(_obs(), noise[:, 0]).actions_BHA)
+    assert torch.equal(
+        one.act(_obs(), noise).actions_BHA,
+        one.policy.act(_obs(), {name: value[:, 0] for name, value in noise.items()}).actions_BHA,
+    )
 
 
 def test_an_ensemble_is_judged_by_its_mean_or_its_least():
@@ -113,7 +116,8 @@ def test_losses_and_features_are_those_of_the_policy():
     chunk, mask = Chunk(torch.randn(B, H, A)), torch.ones(B, H)
     noise = best.noise(B, torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        best.imitation_loss(obs, chunk, mask, noise), best.policy.imitation_loss(obs, chunk, mask, noise[:, 0])
+        best.imitation_loss(obs, chunk, mask, noise),
+        best.policy.imitation_loss(obs, chunk, mask, {name: value[:, 0] for name, value in noise.items()}),
     )
     torch.testing.assert_close(best.embed(obs), best.policy.embed(obs))
     for ask in (lambda: best.log_prob(obs, chunk), lambda: best.decision_mask(chunk, mask)):

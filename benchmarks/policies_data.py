@@ -1,4 +1,4 @@
-"""Demonstrations for the benchmark of policies, in a run folder's log as a fleet's robots and its gateway would have left them."""
+"""Demonstrations for the benchmark of policies, in a run folder's log as robots and a gateway would have left them."""
 
 from __future__ import annotations
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
+from actors.plan import Chunking
 from actors.safety import SafetyConfig
 from fleet.errors import ConfigError
 
@@ -38,7 +40,16 @@ class ActorConfig:
     demonstrate: bool = False
     """The operator shows the tasks from the first frame; no policy is needed."""
     execute: int = 4
-    """Actions used of each chunk before the next one is asked for."""
+    """Actions used of each chunk before the next one is due, at most the policy's horizon."""
+    chunking: str = "execute"
+    """``execute``: the next chunk is asked for when it is due. ``async``: so early that it is there by then, for policies that
+    need longer than a tick. ``ensemble``: as execute, and what several chunks say of one tick is averaged."""
+    ensemble_decay: float = 0.01
+    """m of the weights exp(-m i) of ``ensemble``, i = 0 being the oldest chunk."""
+    guidance: float = 1.0
+    """Classifier-free guidance by the condition "advantage": 0 leaves it out, 1 takes it as given, above 1 exaggerates it."""
+    sample: bool = False
+    """Whether chunks are drawn from the policy, with their log-probabilities recorded; False: its one best chunk."""
     realtime: bool = True
     """False: as fast as simulator and policy allow."""
     chunk_deadline: float = 0.7
@@ -54,8 +65,13 @@ class ActorConfig:
     safety: SafetyConfig = dataclasses.field(default_factory=SafetyConfig)
 
     def check(self) -> None:
+        self.chunk_rule()
         rules = {
-            "execute": (self.execute >= 1, "execute >= 1"),
+            "guidance": (math.isfinite(self.guidance) and self.guidance >= 0, "guidance is finite and not negative"),
+            "sample": (
+                not self.sample or (self.guidance == 1 and self.chunking != "ensemble"),
+                "chunks are drawn with guidance 1 and chunking execute or async: nothing else has the policy's density",
+            ),
             "chunk_deadline": (0 < self.chunk_deadline < 1, "0 < chunk_deadline < 1"),
             "fragment_s": (0.05 <= self.fragment_s <= 5, "0.05 <= fragment_s <= 5"),
             "spool_mb": (self.spool_mb >= 10, "spool_mb >= 10"),
@@ -63,6 +79,10 @@ class ActorConfig:
         for key, (holds, rule) in rules.items():
             if not holds:
                 raise ConfigError(f"{key} = {getattr(self, key)!r}", rule=rule)
+
+    def chunk_rule(self) -> Chunking:
+        """How chunks follow each other. ConfigError where a value is out of its range."""
+        return Chunking(self.chunking, self.execute, self.ensemble_decay)
 
 
 TABLES = {"robot": RobotConfig, "operator": OperatorConfig, "actor": ActorConfig}

@@ -162,7 +162,7 @@ def _drive(args: ControlArgs, pipe: Connection, steps_pipe: PipeEnds, chunks_pip
             run_seed=config.seed,
             stream=begin["stream"],
             num_episodes=config.num_episodes,
-            execute=config.execute,
+            chunking=config.chunk_rule(),
             realtime=config.realtime,
             chunk_deadline_s=config.chunk_deadline / robot.spec.control_hz,
         )

@@ -41,6 +41,7 @@ class Counters:
     held_steps: int = 0
     episodes: int = 0
     lost_rows: int = 0
+    failed_chunks: int = 0
     late_ms_max: float = 0.0
     in_control: float = 0.0  # 1 while an operator has control
     inference_ms: float = 0.0
@@ -102,22 +103,30 @@ class Courier:
 
     def _handle(self, record: np.void) -> None:
         kind = RecordKind(int(record["kind"]))
-        if kind == RecordKind.OBSERVE and record["wants_chunk"] and self.runner.ready:
-            self._infer(record)
         self.builder.add(record)
-        if kind == RecordKind.RESULT:
+        if kind == RecordKind.OBSERVE and record["wants_chunk"]:
+            self._answer(record)
+        elif kind == RecordKind.RESULT:
             self._count(record)
         elif kind == RecordKind.CLOSE:
             self.counters.episodes += 1
             self.counters.in_control = 0.0
             self.cut()
 
-    def _infer(self, record: np.void) -> None:
-        obs = {name: record[name] for name in self.spec.observations}
-        chunk = self.runner.act(int(record["episode_id"]), int(record["frame_index"]), self.builder.task, obs)
-        self.counters.inference_ms = chunk.latency_ms
-        self._send(chunk)
-        self.builder.add_chunk(chunk)
+    def _answer(self, record: np.void) -> None:
+        """The control loop has one request on its way at a time: each is answered, by an empty chunk if need be."""
+        episode_id, frame_index = int(record["episode_id"]), int(record["frame_index"])
+        chunk: ChunkRow | None = None
+        if self.runner.ready:
+            prefix_DA = record["prefix"][: int(record["delay"])]
+            try:
+                chunk = self.runner.act(episode_id, frame_index, self.builder.task, self.builder.observation, prefix_DA)
+            except PolicyError as error:
+                self._say_failed(error)
+        self._send(chunk or ChunkRow(episode_id, -1, frame_index, -1, 0.0, np.zeros((0, self.spec.action.size)), np.zeros(0)))
+        if chunk is not None:
+            self.counters.inference_ms = chunk.latency_ms
+            self.builder.add_chunk(chunk)
 
     def _send(self, chunk: ChunkRow) -> None:
         slot = self.chunks.reserve()
@@ -128,6 +137,11 @@ class Courier:
         slot["horizon"] = len(chunk.actions_HA)
         slot["actions"][: len(chunk.actions_HA)] = chunk.actions_HA
         self.chunks.commit()
+
+    def _say_failed(self, error: PolicyError) -> None:
+        self.counters.failed_chunks += 1
+        if self.counters.failed_chunks in (1, 10, 100, 1000):
+            log.warning("the robot holds, %d chunks have failed: %s", self.counters.failed_chunks, error)
 
     def _count(self, record: np.void) -> None:
         self.counters.steps += 1

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from actors.records import RecordKind, unpack_text
-from fleet.images import encode
+from fleet.images import decode, encode
 from fleet.robot import Source
 from fleet.schema import build_table, encode_fragment
 from fleet.spec import RobotSpec
@@ -22,7 +23,7 @@ Rows = dict[str, list[dict[str, Any]]]
 
 @dataclasses.dataclass(frozen=True)
 class ChunkRow:
-    """One policy call, as it is recorded. actions_HA as proposed; log_prob_T may be empty."""
+    """One policy call, as it is recorded. actions_HA as proposed; log_prob_T may be empty; replay: flat, by column."""
 
     episode_id: int
     chunk_id: int
@@ -30,7 +31,8 @@ class ChunkRow:
     version: int
     latency_ms: float
     actions_HA: np.ndarray
-    log_prob_T: list[float]
+    log_prob_T: np.ndarray
+    replay: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -80,6 +82,7 @@ class FragmentBuilder:
             "horizon": len(chunk.actions_HA),
             "actions_HA": chunk.actions_HA.reshape(-1),
             "log_prob_T": chunk.log_prob_T,
+            **chunk.replay,
         }
         self._append("chunks", row)
 
@@ -91,6 +94,11 @@ class FragmentBuilder:
     def task(self) -> str:
         """Task of the open episode, "" between episodes."""
         return self._open.task if self._open else ""
+
+    @property
+    def observation(self) -> Mapping[str, np.ndarray]:
+        """The newest one, as whoever reads the log will see it."""
+        return _Recorded(self.spec, self._obs)
 
     @property
     def age_s(self) -> float:
@@ -153,6 +161,24 @@ class FragmentBuilder:
         if not self._rows:
             self._since = time.monotonic()
         self._rows.setdefault(table, []).append(row)
+
+
+class _Recorded(Mapping[str, np.ndarray]):
+    """Encoded images are decoded when they are asked for. A policy that is trained on what the log holds acts on the same
+    pixels, and the log-probability of its chunks can be computed again."""
+
+    def __init__(self, spec: RobotSpec, values: Mapping[str, Any]) -> None:
+        self._spec, self._values = spec, values
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        feature, value = self._spec.features[name], self._values[name]
+        return np.asarray(decode(feature, value) if feature.codec != "raw" else value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 def encode_rows(spec: RobotSpec, rows: Rows) -> tuple[dict[str, int], memoryview]:

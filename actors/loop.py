@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.plan import Plan, PlannedChunk, Proposal
+from actors.plan import Chunking, Plan, PlannedChunk, Proposal
 from actors.records import RecordKind, pack_text
 from actors.ring import Ring
 from actors.safety import SafetyFilter
@@ -31,8 +31,8 @@ class LoopSettings:
     """How the loop runs; the times are in seconds.
 
     tasks: What to do, in turn, starting at ``first_task``. run_seed, stream: give each episode its start's seed
-    (fleet/seeds.py). num_episodes: 0 = until stopped. execute: actions used of each chunk. realtime: False runs as fast
-    as the policy allows.
+    (fleet/seeds.py). num_episodes: 0 = until stopped. chunking: how chunks follow each other. realtime: False runs as
+    fast as the policy allows; no chunk is late there, and "async" is "execute".
     chunk_deadline_s: how long a tick may wait for a chunk that is due in it.
     """
 
@@ -41,7 +41,7 @@ class LoopSettings:
     run_seed: int = 0
     stream: str = ""
     num_episodes: int = 0
-    execute: int = 4
+    chunking: Chunking = dataclasses.field(default_factory=Chunking)
     realtime: bool = True
     chunk_deadline_s: float = 0.03
 
@@ -72,11 +72,13 @@ class ControlLoop:
         self.robot, self.operator, self.safety = robot, operator, safety
         self.steps, self.chunks, self.settings, self.stopped = steps, chunks, settings, stopped
         self.demonstrates = demonstrates
-        self.plan = Plan(settings.execute)
+        late = settings.realtime or settings.chunking.mode != "async"
+        self.plan = Plan(settings.chunking if late else dataclasses.replace(settings.chunking, mode="execute"))
         self.period_s = 1.0 / robot.spec.control_hz
         self.num_held = 0
         self.num_lost_episodes = 0
         self._late_ms = 0.0
+        self._taken_over = False  # in the last tick
 
     def run(self) -> None:
         """Runs episodes until the stated number, or until stopped."""
@@ -108,6 +110,7 @@ class ControlLoop:
     def _episode(self, episode: int, task: str, seed: int, obs: Observation) -> None:
         self.plan.reset()
         self.safety.reset()
+        self._taken_over = False
         self._put(RecordKind.OPEN, episode, task=task, seed=seed)
         frame, feedback = 0, None
         next_tick = time.monotonic()
@@ -128,26 +131,36 @@ class ControlLoop:
         self._put(RecordKind.CLOSE, episode, outcome=outcome, judge=judge, length=frame)
 
     def _tick(self, episode: int, frame: int, obs: Observation) -> Feedback:
-        due = self.plan.due(frame)
-        record = self._reserve(RecordKind.OBSERVE, episode)
-        record["frame_index"], record["wants_chunk"] = frame, due
-        for name in self.robot.spec.observations:
-            record[name] = obs[name]
-        self.steps.commit()
-        self._take_chunks(episode, due)
+        self._take_chunks(episode, frame, 0.0)
+        self._show(episode, frame, obs)
+        self._take_chunks(episode, frame, self._patience_s)
         proposal = self.plan.propose(frame)
         takeover = self.operator.poll(obs, None if proposal is None else proposal.action)
+        self._taken_over = takeover is not None
+        if self._taken_over:
+            self.plan.overruled(frame)
         action, source = self._choose(proposal, takeover)
         feedback = self.robot.send(action)
         self._report(episode, frame, feedback, source, takeover, proposal)
         return feedback
+
+    def _show(self, episode: int, frame: int, obs: Observation) -> None:
+        record = self._reserve(RecordKind.OBSERVE, episode)
+        record["frame_index"], record["wants_chunk"] = frame, self.plan.due(frame)
+        prefix_DA = self.plan.prefix(frame) if record["wants_chunk"] else ()
+        record["delay"] = len(prefix_DA)
+        if len(prefix_DA):
+            record["prefix"][: len(prefix_DA)] = prefix_DA
+        for name in self.robot.spec.observations:
+            record[name] = obs[name]
+        self.steps.commit()
 
     def _choose(self, proposal: Proposal | None, takeover: Takeover | None) -> tuple[np.ndarray, Source]:
         hold = self.robot.hold()
         if takeover is not None:
             action, usable = self.safety(takeover.action, hold)
             source = Source.DEMO if self.demonstrates else Source.OPERATOR
-        elif proposal is not None:
+        elif proposal is not None and not proposal.stale:
             action, usable = self.safety(proposal.action, hold)
             source = Source.POLICY
         else:
@@ -155,16 +168,20 @@ class ControlLoop:
             source, self.num_held = Source.SCRIPT, self.num_held + 1
         return action, source if usable else Source.SCRIPT
 
-    def _take_chunks(self, episode: int, due: bool) -> None:
-        limit_s = self.settings.chunk_deadline_s if self.settings.realtime else 10.0
-        deadline = time.monotonic() + (0.0 if self.demonstrates else limit_s)
-        while self.chunks.wait(deadline - time.monotonic() if due and self.plan.waiting else 0.0):
+    @property
+    def _patience_s(self) -> float:
+        if self.demonstrates or (self.settings.realtime and self._taken_over):
+            return 0.0  # an operator's hands are not to feel how slow the policy is
+        return self.settings.chunk_deadline_s if self.settings.realtime else 10.0
+
+    def _take_chunks(self, episode: int, frame: int, limit_s: float) -> None:
+        deadline = time.monotonic() + limit_s
+        while self.chunks.wait(deadline - time.monotonic() if self.plan.waits(frame) else 0.0):
             record = self.chunks.peek()
             if record["episode_id"] == episode:
                 actions = np.array(record["actions"][: int(record["horizon"])])
-                self.plan.add(
-                    PlannedChunk(int(record["chunk_id"]), int(record["frame_index"]), int(record["version"]), actions)
-                )
+                chunk = PlannedChunk(int(record["chunk_id"]), int(record["frame_index"]), int(record["version"]), actions)
+                self.plan.add(chunk, frame)
             self.chunks.release()
 
     def _report(

@@ -67,7 +67,14 @@ class Actor:
         self.spec = self.control.spec
         self.mailbox = Mailbox(folder / "release", self.credential.release_public)
         self.link = ZmqRobotLink(self.credential)
-        self.runner = PolicyRunner(self.spec, {})
+        self.runner = PolicyRunner(
+            self.spec,
+            {},
+            stream=f"{self.credential.robot_id}/{self.spool.boot_id}",
+            execute=self.config.execute,
+            guidance=self.config.guidance,
+            sample=self.config.sample,
+        )
         self.uplink = Uplink(self.link, self.spool, self.spec, self.mailbox, self._welcome, self._metrics)
         self.cuts: queue.Queue[Any] = queue.Queue(MAX_QUEUED_CUTS)
         self.uplinker = Uplinker(self.credential.robot_id, self.spec, self.spool, self.uplink, self.runner, self.cuts)

@@ -5,17 +5,23 @@ torch is loaded here, when the first release comes: a robot that only demonstrat
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from actors.fragments import ChunkRow
-from actors.records import MAX_HORIZON
 from fleet.errors import PolicyError
 from fleet.releases import Manifest
 from fleet.spec import RobotSpec
+
+if TYPE_CHECKING:
+    from actors.policy_inference import ActingPolicy
+
+log = logging.getLogger("fleet.actor")
 
 
 class PolicyRunner:
@@ -23,14 +29,28 @@ class PolicyRunner:
 
     Args:
         embeddings: Instruction embedding (E,) by task.
+        stream: Who draws: the robot's id and boot. What is drawn is a function of it and of the chunk's id.
+        execute, guidance, sample: See ``actors.policy_inference.ActingPolicy``.
         num_threads: torch's threads; 1 keeps a small policy from waking every core each tick.
     """
 
-    def __init__(self, spec: RobotSpec, embeddings: Mapping[str, list[float]], num_threads: int = 1) -> None:
-        self.spec, self.num_threads = spec, num_threads
+    def __init__(
+        self,
+        spec: RobotSpec,
+        embeddings: Mapping[str, list[float]],
+        *,
+        stream: str = "",
+        execute: int = 1,
+        guidance: float = 1.0,
+        sample: bool = False,
+        num_threads: int = 1,
+    ) -> None:
+        self.spec, self.stream, self.num_threads = spec, stream, num_threads
+        self._execute, self._guidance, self._sample = execute, guidance, sample
         self.set_embeddings(embeddings)
-        self._loaded: tuple[int, Any] | None = None
+        self._loaded: tuple[int, ActingPolicy] | None = None
         self._next_chunk = 0
+        self._said_short = False
 
     def set_embeddings(self, embeddings: Mapping[str, list[float]]) -> None:
         self._embeddings = {task: np.asarray(e, np.float32) for task, e in embeddings.items()}
@@ -47,8 +67,8 @@ class PolicyRunner:
             import torch
             from safetensors.torch import load
 
-            from algorithms.policies.base import INSTRUCTION
-            from algorithms.policies.registry import build
+            from actors.policy_inference import ActingPolicy
+            from algorithms.policies.registry import load_published, rebuild
         except ImportError as error:
             raise PolicyError(
                 f"a release came and this robot cannot run it: {error.name} is not installed",
@@ -56,25 +76,11 @@ class PolicyRunner:
                 remedy="pip install 'fleet-rl[actor]'",
             ) from None
         torch.set_num_threads(self.num_threads)
-        policy = build(str(manifest.policy["family"]), dict(manifest.policy["config"]))
-        policy.spec.check_robot(self.spec)
-        if policy.spec.horizon > MAX_HORIZON:
-            raise PolicyError(
-                f"release {manifest.version} has a horizon of {policy.spec.horizon}", rule=f"at most {MAX_HORIZON}"
-            )
-        try:
-            policy.load_state_dict(load(safetensors), strict=True)
-        except RuntimeError as error:
-            raise PolicyError(
-                f"weights of release {manifest.version} do not fit: {error}"[:500], rule="names and shapes agree"
-            ) from None
-        policy.eval()
-        zeros = {name: np.zeros(f.shape, f.np_dtype) for name, f in self.spec.observations.items()}
-        embedding = np.zeros(policy.spec.conditions.get(INSTRUCTION, (0,)), np.float32)
-        actions_HA, _ = _infer(policy, zeros, embedding)
-        if not np.isfinite(actions_HA).all():
-            raise PolicyError(f"release {manifest.version} proposes NaN", rule="finite actions for a zero observation")
-        self._loaded = (manifest.version, policy)
+        policy = rebuild(manifest.policy)
+        load_published(policy, load(safetensors))
+        acting = ActingPolicy(policy, self.spec, execute=self._execute, guidance=self._guidance, sample=self._sample)
+        acting.self_test(next(iter(self._embeddings.values()), None))
+        self._loaded = (manifest.version, acting)
 
     @property
     def ready(self) -> bool:
@@ -85,32 +91,44 @@ class PolicyRunner:
         """Version of what acts, 0 for none."""
         return self._loaded[0] if self._loaded else 0
 
-    def act(self, episode_id: int, frame_index: int, task: str, obs: Mapping[str, np.ndarray]) -> ChunkRow:
+    def act(
+        self,
+        episode_id: int,
+        frame_index: int,
+        task: str,
+        obs: Mapping[str, np.ndarray],
+        prefix_DA: np.ndarray | None = None,
+    ) -> ChunkRow:
         """The chunk for one observation, with what is recorded about it.
 
+        Args:
+            prefix_DA: What will be executed until it is there.
+
         Raises:
-            PolicyError: Nothing is loaded, or the task has no embedding: it is not in the run's catalogue.
+            PolicyError: Nothing is loaded, the task is not in the run's catalogue, or the observation or chunk is not finite.
         """
         start = time.perf_counter()
         if self._loaded is None:
             raise PolicyError("no release is loaded", rule="a release is loaded before the robot acts")
-        version, policy = self._loaded
+        version, acting = self._loaded
         embedding = self._embeddings.get(task)
         if embedding is None:
             raise PolicyError(f"task {task!r} is not in the run's catalogue", rule=f"known are {sorted(self._embeddings)}")
-        actions_HA, log_prob_T = _infer(policy, obs, embedding)
-        self._next_chunk += 1
+        chunk_id, self._next_chunk = self._next_chunk, self._next_chunk + 1
+        answer = acting(obs, embedding, prefix_DA, seed=_seed(f"{self.stream}/{chunk_id}"))
+        if acting.num_short_prefixes and not self._said_short:
+            self._said_short = True
+            log.warning(
+                "inference takes longer than the %d ticks that release %d was trained to bridge: its chunks continue "
+                "that many actions, and may jump after them",
+                acting.policy.spec.max_delay,
+                version,
+            )
         latency_ms = 1000 * (time.perf_counter() - start)
-        return ChunkRow(episode_id, self._next_chunk - 1, frame_index, version, latency_ms, actions_HA, log_prob_T)
+        return ChunkRow(
+            episode_id, chunk_id, frame_index, version, latency_ms, answer.actions_HA, answer.log_prob_T, answer.replay
+        )
 
 
-def _infer(policy: Any, obs: Mapping[str, np.ndarray], embedding: np.ndarray) -> tuple[np.ndarray, list[float]]:
-    import torch
-
-    batch = {name: torch.from_numpy(np.array(obs[name]))[None] for name in policy.spec.reads}
-    batch["instruction"] = torch.from_numpy(embedding)[None]
-    with torch.inference_mode():
-        chunk = policy.act(batch)
-    actions = chunk.actions_BHA[0].float().cpu().numpy()
-    log_prob = [] if chunk.log_prob_BT is None else [float(x) for x in chunk.log_prob_BT[0]]
-    return np.ascontiguousarray(actions, np.float32), log_prob
+def _seed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

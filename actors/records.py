@@ -1,7 +1,8 @@
 """The two record types between the control process and the courier, as numpy structured dtypes.
 
 Control -> courier: OPEN (an episode starts), OBSERVE (what the robot measured at a frame, and whether a chunk is due),
-RESULT (what was executed there), CLOSE (the episode's end). Courier -> control: one chunk of actions.
+RESULT (what was executed there), CLOSE (the episode's end). Courier -> control: one chunk of actions for each that was due,
+without any where the policy has none.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.plan import MAX_PREFIX
 from fleet.spec import RobotSpec
 
 MAX_HORIZON = 128
@@ -35,6 +37,8 @@ def step_dtype(spec: RobotSpec) -> np.dtype[Any]:
         ("truncated", np.bool_),
         ("source", np.uint8),
         ("chunk_index", np.int16),
+        ("delay", np.int16),  # how many actions of prefix count
+        ("prefix", np.float32, (MAX_PREFIX, spec.action.size)),  # OBSERVE: what is executed until the chunk is there
         ("frame_index", np.int32),
         ("episode_id", np.int64),
         ("chunk_id", np.int64),

@@ -136,7 +136,8 @@ def feature_column(feature: Feature, values: list[Any]) -> pa.Array:
 def build_table(name: str, spec: RobotSpec, rows: list[dict[str, Any]]) -> pa.RecordBatch:
     """Record batch of one of ``TABLES`` from rows; feature values are arrays, or encoded bytes for a codec other than raw.
 
-    Columns beyond the schema (``replay.*`` of chunks) take their type from the values.
+    Columns beyond the schema (``replay.*`` of chunks) take their type from the values; rows without one, of a policy that
+    does not have it, get an empty list.
     """
     schema = table_schema(name, spec)
     columns: dict[str, pa.Array] = {}
@@ -144,8 +145,8 @@ def build_table(name: str, spec: RobotSpec, rows: list[dict[str, Any]]) -> pa.Re
         values = [row[field.name] for row in rows]
         feature = spec.features.get(field.name)
         columns[field.name] = pa.array(values, type=field.type) if feature is None else feature_column(feature, values)
-    for extra in sorted(rows[0].keys() - set(schema.names)):
-        columns[extra] = pa.array([row[extra] for row in rows])
+    for extra in sorted(set().union(*rows) - set(schema.names)):
+        columns[extra] = pa.array([row.get(extra, ()) for row in rows])
     return pa.RecordBatch.from_pydict(columns)
 
 

@@ -42,8 +42,8 @@ HOMES = {
     "metaworld": r"actors/(robots|operators)/.*",
     "mujoco": r"actors/robots/.*",
     "matplotlib": r"infra/report.*\.py|infra/plots\.py",
-    "torch": r"algorithms/.*|learner/.*|actors/policy_runner\.py|infra/evaluat\w+\.py",
-    "safetensors": r"algorithms/.*|learner/.*|actors/policy_runner\.py|infra/evaluat\w+\.py",
+    "torch": r"algorithms/.*|learner/.*|actors/policy_\w+\.py|infra/evaluat\w+\.py",
+    "safetensors": r"algorithms/.*|learner/.*|actors/policy_\w+\.py|infra/evaluat\w+\.py",
 }
 COMMAND_LINE = ("infra/cli.py", "infra/command.py", "infra/data.py", "infra/data_dataset.py")
 ADAPTERS = re.compile(r"fleet/server/.*|actors/(robots|operators)/(?!__init__).*|.*_lerobot\.py")

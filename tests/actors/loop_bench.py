@@ -9,6 +9,7 @@ from actors.courier import Counters, Courier
 from actors.fragments import ChunkRow, FragmentBuilder
 from actors.loop import ControlLoop, LoopSettings
 from actors.operators import make_operator
+from actors.plan import Chunking
 from actors.records import chunk_dtype, step_dtype
 from actors.ring import Ring, RingClosed, make_pipe
 from actors.robots.toy import ToyRobot
@@ -24,18 +25,30 @@ class ConstantRunner:
         self.actions_HA = np.tile(np.asarray(action, np.float32), (8, 1))
         self.num_calls = 0
 
-    def act(self, episode_id, frame_index, task, obs):
+    def act(self, episode_id, frame_index, task, obs, prefix_DA=None):
         self.num_calls += 1
         return ChunkRow(episode_id, self.num_calls, frame_index, self.version, 0.1, self.actions_HA, [])
 
 
-def run_episodes(runner, *, operator=None, demonstrates=False, episodes=1, realtime=False, robot=None, **settings):
+def run_episodes(
+    runner,
+    *,
+    operator=None,
+    demonstrates=False,
+    episodes=1,
+    realtime=False,
+    robot=None,
+    chunking="execute",
+    execute=4,
+    **settings,
+):
     """All rows of some episodes by table name, and the loop."""
     robot = robot or ToyRobot()
     operator = operator or make_operator("scripted", expert="toy", mode="off")
     steps = Ring(step_dtype(robot.spec), 64, make_pipe())
     chunks = Ring(chunk_dtype(robot.spec), 16, make_pipe())
-    options = LoopSettings(["reach"], stream="test", num_episodes=episodes, realtime=realtime, **settings)
+    rule = Chunking(chunking, execute)
+    options = LoopSettings(["reach"], stream="test", num_episodes=episodes, chunking=rule, realtime=realtime, **settings)
     safety = SafetyFilter(robot.spec, SafetyConfig())
     loop = ControlLoop(robot, operator, safety, steps, chunks, options, lambda: False, demonstrates)
     cuts = queue.Queue(1000)

@@ -87,7 +87,7 @@ def test_the_rate_is_kept():
 class OneEpisodeLate(ConstantRunner):
     """Answers each request with a chunk that is marked as of the episode before, as one that was computed too late is."""
 
-    def act(self, episode_id, frame_index, task, obs):
+    def act(self, episode_id, frame_index, task, obs, prefix_DA=None):
         return dataclasses.replace(super().act(episode_id, frame_index, task, obs), episode_id=episode_id - 1)
 
 

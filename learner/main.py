@@ -15,6 +15,7 @@ ALGORITHMS = {
     "bc": "algorithms.bc:Bc",
     "hg_dagger": "algorithms.hg_dagger:HgDagger",
 }
+DEFAULT_FAMILY = "mlp"
 FROM_DATA = ("reads", "action_dim", "instruction_dim")  # settings of a policy that are read off robots and tasks if not given
 
 
@@ -184,10 +185,21 @@ class ClusterConfig:
 
 @dataclasses.dataclass
 class PolicyConfig:
-    family: str = "mlp"
-    """A key of ``algorithms.policies.registry.FAMILIES``, or module:Class."""
+    family: str = ""
+    """A key of ``algorithms.policies.registry.FAMILIES``, or module:Class; empty: that of ``pretrained``, else mlp."""
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of the family's Config. What robots read and act with is taken from their spec where it is not given."""
+    """Fields of the family's Config. What robots read and act with is taken from their spec where it is not given; ``reads``
+    may be a list of names."""
+    pretrained: str = ""
+    """What to begin with: another run's folder (its newest release), RUN@VERSION, or a folder that `fleet policy export`
+    wrote; with family=lerobot also a LeRobot checkpoint. Empty: fresh weights."""
+    statistics: str = "keep"
+    """Normalisation of a pretrained policy: keep it, or "fit" it to this run's data. A fresh policy is always fitted."""
+
+    def check(self) -> None:
+        """Raises ConfigError when a value is out of its range."""
+        if self.statistics not in ("keep", "fit"):
+            raise ConfigError(f"policy.statistics = {self.statistics!r}", rule="keep or fit")
 
 
 @dataclasses.dataclass
@@ -228,9 +240,13 @@ def check_learner_tables(tables: Mapping[str, Any]) -> None:
     if tables["start"].name:
         algorithm_class(tables["start"], "start")
     policy = tables["policy"]
-    cls = resolve(FAMILIES, policy.family, kind="policy.family", error=ConfigError).Config
-    later = {name: None for name in FROM_DATA if name in {f.name for f in dataclasses.fields(cls)}}
-    check_settings(cls, {**later, **policy.config}, kind=f"policy.config of family {policy.family!r}", error=ConfigError)
+    if policy.pretrained and not policy.family:
+        return  # its settings are compared with the checkpoint's
+    family = policy.family or DEFAULT_FAMILY
+    cls = resolve(FAMILIES, family, kind="policy.family", error=ConfigError).Config
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    later = {name: None for name in required if name in FROM_DATA or policy.pretrained}
+    check_settings(cls, {**later, **policy.config}, kind=f"policy.config of family {family!r}", error=ConfigError)
     _check_types(cls, policy.config, "policy.config")
 
 

@@ -22,7 +22,7 @@ from fleet.runfolder import RunFolder
 from fleet.server.releases import ReleaseStore
 from fleet.spec import RobotSpec
 from learner.agree import all_specs, newest_checkpoint
-from learner.beginning import changed_settings, make_policy, settings_of, wait_for_data
+from learner.beginning import changed_settings, settings_of, wait_for_data
 from learner.budget import Budget
 from learner.checkpoint import Checkpoint, Checkpoints
 from learner.engine import Engine
@@ -34,6 +34,7 @@ from learner.loop import Loop, LoopSettings, Phase
 from learner.main import LearnerConfig, algorithm_class
 from learner.memory import memory_errors
 from learner.pace import Pace
+from learner.policy import make_policy
 from learner.progress import Progress
 from learner.publisher import Publisher
 from learner.ranks import RankPlace, Ranks

@@ -24,7 +24,7 @@ from fleet.journal import read_journal
 from fleet.robot import Source
 from fleet.server.releases import ReleaseStore
 from fleet.spec import Feature, RobotSpec
-from learner.beginning import complete_policy
+from learner.policy import complete_policy
 from learner.checkpoint import Checkpoints
 from learner.main import LearnerConfig, PolicyConfig, check_learner_tables
 from learner.skipped import Skipped

@@ -1,0 +1,150 @@
+"""Policies outside of the run that trains them: a release of any run, or a folder of its own.
+
+FOLDER/policy.json          what a release's manifest says of its policy, and where it comes from
+FOLDER/model.safetensors    its weights and statistics, without frozen modules
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from algorithms.policies.registry import load_published, rebuild
+from fleet.errors import LearnerError
+from fleet.files import Files, storage_errors
+from fleet.releases import Manifest
+from fleet.runfolder import RunFolder
+from fleet.server.releases import ReleaseStore
+from learner.tensor_file import read_tensors
+
+FORMAT = "fleet-rl policy"
+FACTS, WEIGHTS = "policy.json", "model.safetensors"
+_VERSIONED = re.compile(r"(.+)@([1-9][0-9]{0,17})")
+
+
+@dataclasses.dataclass
+class Pretrained:
+    """``described``: see ``algorithms.policies.registry.describe``, with "origin", text for people. ``weights``: what
+    ``load_published`` takes."""
+
+    described: dict[str, Any]
+    weights: dict[str, Tensor]
+
+    def policy(self) -> Any:
+        """Built, with its weights and statistics.
+
+        Raises:
+            PolicyError: It cannot be built here, or the weights do not fit.
+        """
+        policy = rebuild(self.described)
+        load_published(policy, self.weights)
+        return policy
+
+
+def is_ours(where: str) -> bool:
+    """Whether a place holds what ``load_pretrained`` reads, not a checkpoint of another project."""
+    folder, _ = _split(where)
+    return (folder / FACTS).is_file() or RunFolder(folder).mark.is_file()
+
+
+def load_pretrained(where: str) -> Pretrained:
+    """A policy by its place.
+
+    Args:
+        where: A run's folder (the newest release), RUN@VERSION, or a folder that ``export_policy`` wrote.
+
+    Raises:
+        LearnerError: There is none of these, or it is damaged.
+        ReleaseError: The run has no such release, or it is damaged.
+    """
+    folder, version = _split(where)
+    if version is None and (folder / FACTS).is_file():
+        return _read_folder(folder)
+    if RunFolder(folder).mark.is_file():
+        run = RunFolder.open(folder)
+        manifest, data = _release(run, version or 0)
+        described = {**manifest.policy, "origin": f"release {manifest.version} of {run.run_id}, step {manifest.step}"}
+        return Pretrained(described, _tensors(data, f"release {manifest.version}"))
+    raise LearnerError(
+        f"there is no policy at {where!r}",
+        rule="a run's folder, RUN@VERSION, or a folder that `fleet policy export` wrote",
+        remedy="name the whole path",
+    )
+
+
+def export_policy(run: RunFolder, version: int, folder: Path) -> Manifest:
+    """Writes a release as a folder that stands alone. A family that has a form of its own (``export``) writes that.
+
+    Args:
+        version: 0 for the newest.
+        folder: A new or empty one.
+
+    Raises:
+        LearnerError: The folder holds something.
+        ReleaseError: There is no such release, or it is damaged.
+        StorageError: It cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise LearnerError(f"{folder} holds something", rule="a policy is exported into a new folder")
+    manifest, data = _release(run, version)
+    with storage_errors(f"writing {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        policy = rebuild(manifest.policy)
+        if hasattr(policy, "export"):
+            load_published(policy, _tensors(data, f"release {manifest.version}"))
+            policy.export(folder)
+            return manifest
+        facts = {
+            "format": FORMAT,
+            **manifest.policy,
+            "algorithm": manifest.algorithm,
+            "step": manifest.step,
+            "origin": f"release {manifest.version} of {run.run_id}, step {manifest.step}",
+        }
+        files = Files()
+        files.write_atomic(folder / WEIGHTS, data)
+        files.write_atomic(folder / FACTS, json.dumps(facts, indent=1).encode())  # last: what has it is whole
+    return manifest
+
+
+def _split(where: str) -> tuple[Path, int | None]:
+    match = _VERSIONED.fullmatch(where)
+    versioned = match is not None and not Path(where).exists()
+    return (Path(match[1]).expanduser(), int(match[2])) if match and versioned else (Path(where).expanduser(), None)
+
+
+def _release(run: RunFolder, version: int) -> tuple[Manifest, bytes]:
+    store = ReleaseStore(run.releases)
+    newest = store.newest()
+    if newest is None:
+        raise LearnerError(
+            f"{run.path} has no release", rule="the learner publishes one after its start phase", remedy="wait for it"
+        )
+    manifest = store.manifest(version or newest)
+    return manifest, bytes(store.load(manifest.version))
+
+
+def _read_folder(folder: Path) -> Pretrained:
+    try:
+        described = json.loads((folder / FACTS).read_text())
+        if not isinstance(described, dict) or described.get("format") != FORMAT:
+            raise ValueError(f"{FACTS} is not marked {FORMAT!r}")
+        if not {"family", "config", "spec"} <= set(described):
+            raise ValueError(f"{FACTS} has {sorted(described)}, needed are family, config and spec")
+        data = (folder / WEIGHTS).read_bytes()
+    except (OSError, ValueError) as error:
+        raise LearnerError(f"the policy in {folder} cannot be read: {error}", rule=f"{FACTS} and {WEIGHTS}, whole") from None
+    return Pretrained(described, _tensors(data, str(folder)))
+
+
+def _tensors(data: bytes, what: str) -> dict[str, Tensor]:
+    try:
+        return read_tensors(io.BytesIO(data), len(data))[0]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LearnerError(f"weights of {what} are damaged: {error}"[:500], rule="a whole safetensors file") from None

@@ -11,6 +11,9 @@ LEROBOT := .venv-lerobot
 SETUP := pyproject.toml constraints/main.txt tools/setup.sh tools/find_python.sh
 RUN ?=
 TESTS ?= tests
+# Many tests wait for other processes, so one worker more than there are cores; a single file stays in one process.
+WORKERS ?= $(shell echo $$(( $$(nproc) < 7 ? $$(nproc) + 1 : 8 )))
+PARALLEL = $(if $(filter tests,$(TESTS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 
 .PHONY: help demo test test-full test-lerobot lerobot bench lint clean
 
@@ -22,11 +25,11 @@ demo: $(VENV)/.ready-demo  ## train a simulated fleet from a few demonstrations,
 
 test: lint  ## lint, types and every test at small counts
 	@echo "tests (FLEET_TEST_SCALE=1)"
-	FLEET_TEST_SCALE=1 $(PY) -m pytest -q --durations=15 $(TESTS)
+	FLEET_TEST_SCALE=1 $(PY) -m pytest -q $(PARALLEL) --durations=15 $(TESTS)
 
 test-full: lint  ## the same at the counts that the claims state
 	@echo "tests (FLEET_TEST_SCALE=10)"
-	FLEET_TEST_SCALE=10 $(PY) -m pytest -q --durations=30 --timeout=1200 $(TESTS)
+	FLEET_TEST_SCALE=10 $(PY) -m pytest -q $(PARALLEL) --durations=30 --timeout=1200 $(TESTS)
 
 lerobot: $(LEROBOT)/.ready-lerobot  ## an environment with lerobot, for fleet data import and export (Python 3.12 or newer)
 	@echo "use $(LEROBOT)/bin/fleet data import | export"

@@ -98,7 +98,7 @@ class FragmentBuilder:
     @property
     def observation(self) -> Mapping[str, np.ndarray]:
         """The newest one, as whoever reads the log will see it."""
-        return _Recorded(self.spec, self._obs)
+        return RecordedObservation(self.spec, self._obs)
 
     @property
     def age_s(self) -> float:
@@ -163,7 +163,7 @@ class FragmentBuilder:
         self._rows.setdefault(table, []).append(row)
 
 
-class _Recorded(Mapping[str, np.ndarray]):
+class RecordedObservation(Mapping[str, np.ndarray]):
     """Encoded images are decoded when they are asked for. A policy that is trained on what the log holds acts on the same
     pixels, and the log-probability of its chunks can be computed again."""
 

@@ -2,15 +2,18 @@
 
     table = evaluate(policy, "metaworld", {"max_steps": 200}, {task: embedding}, held_out_seeds(50), execute=4)
 
-The starts come from ``fleet.seeds.HELD_OUT``, which no training episode draws from. The policy acts deterministically, in
-simulated time (it is never late), and an episode ends at its first success. The same arguments give the same table.
+The starts come from ``fleet.seeds.HELD_OUT``, which no training episode draws from. The policy acts as on a robot, in
+simulated time: it is as late as ``delay`` says, and an episode ends at its first success. The same arguments give the same
+table.
 Workers are spawned processes: a script that calls this needs ``if __name__ == "__main__":``.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -24,11 +27,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.fragments import RecordedObservation
+from actors.plan import Chunking, Plan, PlannedChunk, Proposal
+from actors.policy_inference import ActingPolicy
 from actors.robots import make_robot
-from algorithms.policies.base import INSTRUCTION
 from algorithms.policies.registry import build
 from fleet.errors import ConfigError, RobotError
-from fleet.robot import Robot
+from fleet.images import encode
+from fleet.robot import Feedback, Observation, Robot
 from fleet.seeds import HELD_OUT
 from fleet.spec import IMAGE_PREFIX
 from infra.intervals import wilson
@@ -41,10 +47,17 @@ Watch = Callable[[int], None]
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeResult:
+    """num_held: steps at which the policy had nothing to propose. border_change, other_change: largest change of an action's
+    element from one step to the next, in the action's unit, averaged over the steps that begin another chunk and over all
+    others."""
+
     task: str
     seed: int
     success: bool
     num_steps: int
+    num_held: int = 0
+    border_change: float = 0.0
+    other_change: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +96,10 @@ def evaluate(
     num_workers: int = 2,
     max_steps: int = MAX_STEPS,
     watch: Watch | None = None,
+    chunking: str = "execute",
+    delay: int = 0,
+    guidance: float = 1.0,
+    sample: bool = False,
 ) -> Table:
     """Runs ``policy`` once from each seed of each task.
 
@@ -91,26 +108,30 @@ def evaluate(
         robot_adapter, robot_settings: What ``actors.robots.make_robot`` takes.
         tasks: Instruction embedding (E,) by task name.
         seeds: Reset seeds; ``fleet.seeds.held_out_seeds`` gives some.
-        execute: Actions of each chunk that are executed, 1 to H.
+        execute: Actions of each chunk that are executed before the next one is due, 1 to H.
         num_workers: Processes; 0 runs in this one.
         max_steps: Actions after which an episode that the robot has not ended is ended, and has failed.
         watch: Called after every few episodes.
+        chunking: How chunks follow each other, one of ``actors.plan.MODES``.
+        delay: Steps that pass from an observation to the chunk that was computed from it: a slow policy, in simulated time.
+        guidance, sample: See ``actors.policy_inference.ActingPolicy``; what is drawn is a function of seed and step.
 
     Raises:
-        ConfigError: A seed is not held out, ``execute`` is out of range, or there is nothing to do.
+        ConfigError: A seed is not held out, ``execute`` or another setting is out of range, or there is nothing to do.
         PolicyError: The policy cannot drive this robot.
         RobotError: The robot cannot be built or driven, or cannot judge success itself.
     """
-    if not tasks or not seeds or not 1 <= execute <= policy.spec.horizon:
+    if not tasks or not seeds or not 1 <= execute <= policy.spec.horizon or delay < 0:
         raise ConfigError(
-            f"evaluation of {len(tasks)} tasks, {len(seeds)} seeds, execute {execute}",
-            rule=f"at least one task and seed, execute 1 to the horizon {policy.spec.horizon}",
+            f"evaluation of {len(tasks)} tasks, {len(seeds)} seeds, execute {execute}, delay {delay}",
+            rule=f"at least one task and seed, execute 1 to the horizon {policy.spec.horizon}, delay not negative",
         )
     trained_on = [seed for seed in seeds if seed not in HELD_OUT]
     if trained_on:
         raise ConfigError(f"seed {trained_on[0]} may have been trained on", rule=f"held-out seeds lie in {HELD_OUT}")
     state = {name: tensor.detach().cpu().numpy() for name, tensor in policy.state_dict().items()}
-    setup = (policy.family, policy.config, state, robot_adapter, dict(robot_settings), execute, max_steps)
+    how = _How(Chunking(chunking, execute), delay, guidance, sample, max_steps)
+    setup = (policy.family, policy.config, state, robot_adapter, dict(robot_settings), how)
     jobs = [
         (task, np.asarray(embedding, np.float32), list(seeds[i : i + _SEEDS_A_JOB]))
         for task, embedding in tasks.items()
@@ -132,6 +153,15 @@ def _row(task: str, episodes: Sequence[EpisodeResult]) -> Row:
     return Row(task, n, num_successes, num_successes / n, low, high, sum(e.num_steps for e in episodes) / n)
 
 
+@dataclasses.dataclass(frozen=True)
+class _How:
+    chunking: Chunking
+    delay: int
+    guidance: float
+    sample: bool
+    max_steps: int
+
+
 class _Worker:
     """One policy and one robot, used for many episodes."""
 
@@ -142,35 +172,74 @@ class _Worker:
         state: Mapping[str, np.ndarray],
         adapter: str,
         settings: Mapping[str, Any],
-        execute: int,
-        max_steps: int,
+        how: _How,
     ) -> None:
-        self._policy = build(family, config).eval()
-        self._policy.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state.items()})
+        policy = build(family, config)
+        policy.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state.items()})
         self.robot: Robot = make_robot(adapter, **settings)
-        self._policy.spec.check_robot(self.robot.spec)
-        self._execute, self._max_steps = execute, max_steps
+        self._acting = ActingPolicy(
+            policy, self.robot.spec, execute=how.chunking.execute, guidance=how.guidance, sample=how.sample
+        )
+        self._how = how
 
     def run(self, job: tuple[str, np.ndarray, list[int]]) -> list[EpisodeResult]:
         task, embedding, seeds = job
         return [self._episode(task, embedding, seed) for seed in seeds]
 
-    @torch.inference_mode()
     def _episode(self, task: str, embedding: np.ndarray, seed: int) -> EpisodeResult:
-        obs = self.robot.reset(task, seed)
-        condition = torch.from_numpy(embedding[None])
-        num_steps = 0
-        while True:
-            batch = {name: torch.from_numpy(np.array(obs[name])[None]) for name in self._policy.spec.reads}
-            chunk = self._policy.act({**batch, INSTRUCTION: condition}).actions_BHA[0].numpy()
-            for action in chunk[: self._execute]:
-                feedback = self.robot.send(action)
-                num_steps += 1
-                if feedback.success is None:
-                    raise RobotError(f"the robot cannot judge task {task!r}", rule="evaluation needs success from the robot")
-                if feedback.success or feedback.terminated or feedback.truncated or num_steps >= self._max_steps:
-                    return EpisodeResult(task, seed, feedback.success, num_steps)
-            obs = self.robot.observe()
+        obs: Observation | None = self.robot.reset(task, seed)
+        plan, changes = Plan(self._how.chunking), _Changes()
+        coming: collections.deque[PlannedChunk] = collections.deque()
+
+        def take(frame: int) -> None:
+            while coming and coming[0].frame_index + self._how.delay <= frame:
+                plan.add(coming.popleft(), frame)
+
+        for frame in itertools.count():
+            take(frame)
+            if plan.due(frame):
+                coming.append(self._chunk(frame, obs or self.robot.observe(), embedding, plan.prefix(frame), seed))
+                take(frame)
+            proposal = plan.propose(frame)
+            feedback = self.robot.send(self.robot.hold() if proposal is None else proposal.action)
+            obs = None
+            changes.add(feedback, proposal)
+            if feedback.success is None:
+                raise RobotError(f"the robot cannot judge task {task!r}", rule="evaluation needs success from the robot")
+            if feedback.success or feedback.terminated or feedback.truncated or frame + 1 >= self._how.max_steps:
+                return EpisodeResult(task, seed, feedback.success, frame + 1, changes.num_held, *changes.means())
+        raise AssertionError("frames do not end")
+
+    def _chunk(self, frame: int, obs: Observation, embedding: np.ndarray, prefix_DA: np.ndarray, seed: int) -> PlannedChunk:
+        features = self.robot.spec.features
+        seen = {name: encode(features[name], np.asarray(obs[name])) for name in self._acting.policy.spec.reads}
+        answer = self._acting(
+            RecordedObservation(self.robot.spec, seen), embedding, prefix_DA, seed * self._how.max_steps + frame
+        )
+        return PlannedChunk(frame, frame, 0, answer.actions_HA)
+
+
+class _Changes:
+    """How much actions change from step to step."""
+
+    def __init__(self) -> None:
+        self._last: tuple[int, np.ndarray] | None = None  # chunk and action
+        self._border: list[float] = []
+        self._other: list[float] = []
+        self.num_held = 0
+
+    def add(self, feedback: Feedback, proposal: Proposal | None) -> None:
+        self.num_held += proposal is None
+        chunk_id = -1 if proposal is None else proposal.chunk_id
+        if self._last is not None:
+            change = float(np.abs(feedback.action - self._last[1]).max())
+            (self._other if chunk_id == self._last[0] else self._border).append(change)
+        self._last = chunk_id, np.array(feedback.action)
+
+    def means(self) -> tuple[float, float]:
+        """(at borders of chunks, elsewhere), 0 where there was none."""
+        border, other = (sum(values) / max(len(values), 1) for values in (self._border, self._other))
+        return border, other
 
 
 _process: dict[str, Any] = {}  # of a worker process: its "setup", and its "worker" once the first job has come

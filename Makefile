@@ -55,7 +55,7 @@ $(VENV)/.ready-demo: $(SETUP)
 	@tools/setup.sh $(VENV) demo learner,sim
 
 $(VENV)/.ready-dev: $(SETUP)
-	@tools/setup.sh $(VENV) dev learner,sim,dev
+	@tools/setup.sh $(VENV) dev learner,sim,language,dev
 
 $(LEROBOT)/.ready-lerobot: pyproject.toml constraints/lerobot.txt tools/setup.sh tools/find_python.sh
 	@LEAST_PYTHON=3.12 CONSTRAINTS=constraints/lerobot.txt tools/setup.sh $(LEROBOT) lerobot lerobot,dev

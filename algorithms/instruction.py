@@ -1,8 +1,8 @@
 """Instruction -> embedding, computed once per task on the server and sent with the task.
 
 The default needs no download: hashed words and character n-grams. Instructions that share words lie near each other;
-it knows nothing of meaning ("shut" and "close" are strangers). An encoder of your own is any callable str -> (E,) float32,
-named as "module:function" in ``ENCODERS`` or in the run file.
+it knows nothing of meaning ("shut" and "close" are strangers). "universal" does, see instruction_use.py. An encoder of your
+own is any callable str -> (E,) float32, named as "module:function" in the run file (run.instruction_encoder).
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from fleet.errors import PolicyError
 from fleet.lookup import resolve
 
 DIM = 32  # E of the default encoder
-ENCODERS = {"hashed": "algorithms.instruction:hashed"}
+ENCODERS = {"hashed": "algorithms.instruction:hashed", "universal": "algorithms.instruction_use:universal"}
+EXTRAS = {"universal": "language"}
+MAX_DIM = 8192  # a robot gets the embeddings of all tasks when it connects
 Encoder = Callable[[str], np.ndarray]
 
 
@@ -42,9 +44,19 @@ def hashed(instruction: str, dim: int = DIM) -> np.ndarray:
 
 
 def encode(instruction: str, encoder: str = "hashed") -> np.ndarray:
-    """``instruction`` by the encoder's name: a key of ``ENCODERS`` or "module:function"."""
-    function: Encoder = resolve(ENCODERS, encoder, kind="instruction encoder", error=PolicyError)
-    return function(instruction)
+    """``instruction`` as (E,) float32 by the encoder's name: a key of ``ENCODERS`` or "module:function".
+
+    Raises:
+        PolicyError: Unknown encoder, one that is not installed, or one that gives something else.
+    """
+    function: Encoder = resolve(ENCODERS, encoder, kind="instruction encoder", error=PolicyError, extras=EXTRAS)
+    found = np.asarray(function(instruction))
+    if found.ndim != 1 or not 1 <= len(found) <= MAX_DIM or found.dtype.kind != "f" or not np.isfinite(found).all():
+        raise PolicyError(
+            f"instruction encoder {encoder!r} makes {found.dtype}{found.shape} of {instruction!r}",
+            rule=f"finite floats, one dimension of 1 to {MAX_DIM} elements",
+        )
+    return found.astype(np.float32)
 
 
 def _direction(text: str, dim: int) -> np.ndarray:

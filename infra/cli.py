@@ -11,6 +11,7 @@ import typer
 
 from infra.command import AsJson, RunPath, clear_errors
 from infra.data import app as data_app
+from infra.policy import app as policy_app
 
 app = typer.Typer(
     name="fleet",
@@ -21,6 +22,7 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Look at a run's configuration.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(policy_app, name="policy")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to override, as table.key=value.", show_default=False)]
 

@@ -60,12 +60,12 @@ def evaluate_version(
     """
     from safetensors.torch import load
 
-    from algorithms.policies.registry import build
+    from algorithms.policies.registry import load_published, rebuild
 
     store = ReleaseStore(run.releases)
     manifest = store.manifest(version)
-    policy = build(manifest.policy["family"], manifest.policy["config"])
-    policy.load_state_dict(load(store.load(version)))
+    policy = rebuild(manifest.policy)
+    load_published(policy, load(store.load(version)))
     tables = load_run(run.config, {**TABLES, "evaluator": EvaluatorConfig})
     tasks = {task: entry["embedding"] for task, entry in json.loads((run.path / "tasks.json").read_text()).items()}
     adapter, settings = simulator(tables)

@@ -21,6 +21,8 @@ from infra.evaluator import EvaluatorConfig
 class RunConfig:
     tasks: dict[str, str] = dataclasses.field(default_factory=dict)
     """Instruction by task name."""
+    instruction_encoder: str = "hashed"
+    """Turns instructions into embeddings, once: a key of ``algorithms.instruction.ENCODERS``, or module:function."""
     shared: str = ""
     """Folder that all nodes of the cluster mount at the same place, a path or a file:// URI: what all of them need (keys,
     releases, checkpoints) lies in a folder of the run's name in it. Empty: the run has one node."""
@@ -122,17 +124,59 @@ def check_run_file(path: Path, overrides: list[str]) -> list[str]:
     return [f"{path}: ok", *(f"  {name}: {table}" for name, table in tables.items())]
 
 
+def settle_pretrained(tables: dict[str, Any]) -> dict[str, Any]:
+    """For a new run that begins with a policy of another one: the tables, with a path that processes in other folders
+    understand. A run that goes on needs it no more.
+
+    Raises:
+        FleetError: There is no such policy, or the run file says something else of its family or settings.
+    """
+    policy = tables["policy"]
+    if not policy.pretrained:
+        return tables
+    from learner.pretrained import absolute, check_pretrained
+
+    check_pretrained(policy)
+    return tables | {"policy": dataclasses.replace(policy, pretrained=absolute(policy.pretrained))}
+
+
 def write_catalogue(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     """Computes each task's instruction embedding once and writes tasks.json, which the gateway sends to robots. What
-    was added to tasks.json while the run lived stays."""
+    was added to tasks.json while the run lived stays.
+
+    Raises:
+        RunFolderError: tasks.json cannot be read.
+        ConfigError: An embedding in there is by another encoder, or of another size.
+        PolicyError: The encoder cannot be used.
+    """
     from algorithms.instruction import encode
 
-    path = run.path / "tasks.json"
+    path, encoder = run.path / "tasks.json", config.instruction_encoder
     try:
         tasks: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise RunFolderError(f"{path} is no JSON: {error}", remedy="mend it, or delete it: the run file's tasks stay") from None
+    for task, entry in tasks.items():
+        if entry.get("encoder", encoder) != encoder:
+            raise ConfigError(
+                f"run.instruction_encoder = {encoder!r}, but task {task!r} was encoded by {entry['encoder']!r}",
+                rule="a policy knows the embeddings that it was trained with",
+                remedy="put the setting back, or start a new run",
+            )
     for task, text in config.tasks.items():
-        tasks.setdefault(task, {"instruction": text, "embedding": [float(x) for x in encode(text)]})
+        if task not in tasks:
+            embedding = [float(x) for x in encode(text, encoder)]
+            tasks[task] = {"instruction": text, "embedding": embedding, "encoder": encoder}
+    _require_one_size(tasks)
     Files().write_atomic(path.resolve(), json.dumps(tasks, indent=1).encode())  # the gateway may be reading it
     return tasks
+
+
+def _require_one_size(tasks: dict[str, Any]) -> None:
+    sizes = {task: len(entry["embedding"]) for task, entry in tasks.items()}
+    if len(set(sizes.values())) > 1:
+        raise ConfigError(
+            f"tasks have instruction embeddings of several sizes: {sizes}",
+            rule="one encoder encodes all tasks of a run",
+            remedy="mend tasks.json: what was added by hand must be encoded by run.instruction_encoder",
+        )

@@ -30,7 +30,7 @@ from fleet.server.registry import Registry, registry_url, server_command
 from infra.driver import CANNOT_GO_ON, NO_CLUSTER, hold_file
 from infra.driver_status import one_line, read_status
 from infra.nodes import HEAD, Presence, read_nodes, stop_file, stop_nodes
-from infra.run_config import load_tables, write_catalogue
+from infra.run_config import load_tables, settle_pretrained, write_catalogue
 from infra.supervisor import Child, CrashLoop, Supervisor, last_lines, start_of
 from infra.targets import write_targets
 
@@ -58,6 +58,7 @@ def open_run(source: Path, overrides: list[str], *, resume: bool, runs: Path) ->
     path = runs / source.stem
     shared = _shared_of(tables, path)
     if not resume:
+        tables = settle_pretrained(tables)
         run = RunFolder.create(path, shared)
     elif shared is not None and shared.exists() and not RunFolder(path).mark.exists():
         run = RunFolder.attach(path, shared)  # the run goes on from another machine, or `create` was killed on its way

@@ -16,11 +16,17 @@ from algorithms.policies.registry import FAMILIES, build, describe, rebuild
 from fleet.errors import LearnerError, PolicyError
 from fleet.lookup import nearest, resolve
 from fleet.spec import RobotSpec
-from learner.beginning import plain
 from learner.checkpoint import Checkpoint
 from learner.fit import fit_statistics
 from learner.main import DEFAULT_FAMILY, PolicyConfig
-from learner.pretrained import Pretrained, is_ours, load_pretrained
+from learner.pretrained import (
+    Pretrained,
+    differences,
+    from_pretrained,
+    is_ours,
+    load_pretrained,
+    require_agreement,
+)
 from learner.ranks import Ranks
 from learner.supply import BatchSource
 from learner.tensor_file import pack, unpack
@@ -143,7 +149,7 @@ def check_fits(policy: Any, specs: list[RobotSpec], instruction_dim: int, *, nor
 
 def check_same_policy(table: PolicyConfig, described: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Raises LearnerError when the configuration names another policy than the checkpoint holds."""
-    different = _differences(table, described)
+    different = differences(table, described)
     before = (checkpoint.meta["settings"].get("policy") or {}).get("pretrained", "")
     if before != table.pretrained:
         different["pretrained"] = (before, table.pretrained)
@@ -157,33 +163,14 @@ def check_same_policy(table: PolicyConfig, described: Mapping[str, Any], checkpo
 
 def _pretrained(table: PolicyConfig, specs: list[RobotSpec], instruction_dim: int, ranks: Ranks) -> Any:
     """The policy that ``policy.pretrained`` names, with its weights and statistics."""
-    if not is_ours(table.pretrained) and table.family:
-        cls = resolve(FAMILIES, table.family, kind="policy family", error=LearnerError)
-        if hasattr(cls, "from_pretrained"):
-            completed = complete_policy(table, specs, instruction_dim)
-            return ranks.patiently(lambda: cls.from_pretrained(table.pretrained, completed["config"]))
+    if not is_ours(table.pretrained):
+        config = complete_policy(table, specs, instruction_dim)["config"]
+        foreign = ranks.patiently(lambda: from_pretrained(table, config))
+        if foreign is not None:
+            return foreign
     found = ranks.patiently(lambda: load_pretrained(table.pretrained) if ranks.first else None)
     if ranks.size > 1:  # only the first rank's machine needs the files
-        told = unpack(ranks.broadcast_bytes(pack([found.described, found.weights]) if found else b""))
-        found = Pretrained(*told)
+        found = Pretrained(*unpack(ranks.broadcast_bytes(pack([found.described, found.weights]) if found else b"")))
     assert found is not None
-    for name, (old, new) in _differences(table, found.described).items():
-        raise LearnerError(
-            f"policy.{name} = {new!r}, but {table.pretrained} has {old!r}",
-            rule="a pretrained policy brings its family and settings",
-            remedy=f"leave policy.{name} out, or name a checkpoint of this family and these settings",
-        )
+    require_agreement(table, found.described)
     return found.policy()
-
-
-def _differences(table: PolicyConfig, described: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What a run file says of its policy and a description contradicts: (described, said) by setting."""
-    different: dict[str, tuple[Any, Any]] = {}
-    if table.family and described["family"] != table.family:
-        return {"family": (described["family"], table.family)}
-    for name, value in table.config.items():
-        old = plain(described["config"].get(name))
-        names_only = name == "reads" and isinstance(value, list) and isinstance(old, dict)
-        if (sorted(value) != sorted(old)) if names_only else (old != plain(value)):
-            different[f"config.{name}"] = (described["config"].get(name), value)
-    return different

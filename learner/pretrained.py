@@ -10,17 +10,21 @@ import dataclasses
 import io
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
-from algorithms.policies.registry import load_published, rebuild
+from algorithms.policies.registry import FAMILIES, load_published, rebuild
 from fleet.errors import LearnerError
 from fleet.files import Files, storage_errors
+from fleet.lookup import resolve
 from fleet.releases import Manifest
 from fleet.runfolder import RunFolder
 from fleet.server.releases import ReleaseStore
+from learner.beginning import plain
+from learner.main import DEFAULT_FAMILY, PolicyConfig
 from learner.tensor_file import read_tensors
 
 FORMAT = "fleet-rl policy"
@@ -47,6 +51,65 @@ class Pretrained:
         return policy
 
 
+def check_pretrained(table: PolicyConfig) -> None:
+    """Before anything starts: is there a policy where ``table.pretrained`` says, and does the table say nothing else of it?
+
+    Raises:
+        LearnerError: No to one of these; names both sides.
+    """
+    if is_ours(table.pretrained):
+        require_agreement(table, load_pretrained(table.pretrained).described)
+    elif not hasattr(_class_of(table), "from_pretrained"):
+        _nothing_at(table.pretrained)
+
+
+def from_pretrained(table: PolicyConfig, config: Mapping[str, Any]) -> Any:
+    """A policy made of a checkpoint of another project, by the family's own ``from_pretrained(where, config)``; None where
+    the place holds a policy of ours.
+
+    Args:
+        config: The family's settings, those included that were read off robots and tasks.
+    """
+    if is_ours(table.pretrained) or not hasattr(_class_of(table), "from_pretrained"):
+        return None
+    return _class_of(table).from_pretrained(table.pretrained, config)
+
+
+def _class_of(table: PolicyConfig) -> Any:
+    return resolve(FAMILIES, table.family or DEFAULT_FAMILY, kind="policy.family", error=LearnerError)
+
+
+def require_agreement(table: PolicyConfig, described: Mapping[str, Any]) -> None:
+    """Raises LearnerError when the run file says another family or setting than a pretrained policy has."""
+    for name, (old, new) in differences(table, described).items():
+        raise LearnerError(
+            f"policy.{name} = {new!r}, but the policy in {table.pretrained} has {old!r}",
+            rule="a pretrained policy brings its family and settings",
+            remedy=f"leave policy.{name} out, or name a checkpoint of this family and these settings",
+        )
+
+
+def differences(table: PolicyConfig, described: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What a run file says of its policy and a description contradicts: (described, said) by setting."""
+    if table.family and described["family"] != table.family:
+        return {"family": (described["family"], table.family)}
+    different: dict[str, tuple[Any, Any]] = {}
+    for name, value in table.config.items():
+        old = plain(described["config"].get(name))
+        names_only = name == "reads" and isinstance(value, list) and isinstance(old, dict)
+        if (sorted(value) != sorted(old)) if names_only else (old != plain(value)):
+            different[f"config.{name}"] = (old, value)
+    return different
+
+
+def absolute(where: str) -> str:
+    """The same place for processes in other folders; what is no path here (a name on a hub) stays."""
+    folder, version = _split(where)
+    if not folder.exists():
+        return where
+    return f"{folder.absolute()}@{version}" if version else str(folder.absolute())
+
+
 def is_ours(where: str) -> bool:
     """Whether a place holds what ``load_pretrained`` reads, not a checkpoint of another project."""
     folder, _ = _split(where)
@@ -71,6 +134,10 @@ def load_pretrained(where: str) -> Pretrained:
         manifest, data = _release(run, version or 0)
         described = {**manifest.policy, "origin": f"release {manifest.version} of {run.run_id}, step {manifest.step}"}
         return Pretrained(described, _tensors(data, f"release {manifest.version}"))
+    _nothing_at(where)
+
+
+def _nothing_at(where: str) -> NoReturn:
     raise LearnerError(
         f"there is no policy at {where!r}",
         rule="a run's folder, RUN@VERSION, or a folder that `fleet policy export` wrote",

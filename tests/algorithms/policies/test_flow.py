@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from algorithms.policies.base import ADVANTAGE, DELAY, PREFIX, Chunk
-from algorithms.policies.flow import CHAIN, INDEX, PREFIXED, transition_kl
+from algorithms.policies.flow import transition_kl
+from algorithms.policies.flow_config import CHAIN, INDEX, PREFIXED
 from algorithms.policies.flow_sde import sigmas, times
 from algorithms.policies.registry import build
 from algorithms.policies.statistics import Statistics

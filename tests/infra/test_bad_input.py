@@ -1,31 +1,33 @@
 """What a clumsy user meets: one clear message with value, rule and remedy, exit code 2, and nothing lost."""
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from fleet.identity import create_run_keys
 from fleet.runfolder import RunFolder
 from infra.enroll import enroll_here
+from tests import command_line
+from tests.command_line import ROOT
 
-ROOT = Path(__file__).parents[2]
 TOY = (ROOT / "examples" / "toy.yaml").read_text()
 
 
-def fleet(*arguments, timeout=60, cwd=None):
+def fleet(*arguments):
     """Runs the command line as a user does; returns (exit code, everything it said)."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "infra.cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd or ROOT, check=False)
-    return done.returncode, done.stdout + done.stderr
+    command = command_line.fleet(*arguments)
+    said, _ = command.communicate(timeout=60)
+    return command.returncode, said
+
+
+def ask(*arguments):
+    """The same in this process."""
+    code, out, err = command_line.answer(*arguments)
+    return code, out + err
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def run_file(tmp_path):
 )
 def test_a_mistake_in_the_run_file_is_named_with_the_remedy(run_file, old, new, words):
     path = run_file(lambda text: text.replace(old, new))
-    code, said = fleet("config", "check", path)
+    code, said = ask("config", "check", path)
     assert code == 2
     for word in words:
         assert word in said
@@ -61,7 +63,7 @@ def test_a_mistake_in_the_run_file_is_named_with_the_remedy(run_file, old, new, 
 
 
 def test_a_wrong_key_on_the_command_line_is_named(run_file):
-    code, said = fleet("config", "check", run_file(), "learner.stepz=5")
+    code, said = ask("config", "check", run_file(), "learner.stepz=5")
     assert code == 2 and "stepz" in said and "steps" in said
 
 
@@ -80,7 +82,7 @@ def test_a_wrong_key_on_the_command_line_is_named(run_file):
     ],
 )
 def test_an_engine_or_cluster_that_cannot_be_is_named_before_anything_starts(run_file, overrides, words):
-    code, said = fleet("config", "check", run_file(), *overrides)
+    code, said = ask("config", "check", run_file(), *overrides)
     assert code == 2 and "Traceback" not in said
     for word in words:
         assert word in said
@@ -111,7 +113,7 @@ def test_up_does_not_write_into_somebody_elses_folder(tmp_path, run_file):
     foreign = tmp_path / "runs" / "toy"
     foreign.mkdir(parents=True)
     (foreign / "thesis.tex").write_text("x")
-    code, said = fleet("up", run_file(), "--runs", tmp_path / "runs")
+    code, said = ask("up", run_file(), "--runs", tmp_path / "runs")
     assert code == 2 and "something else" in said
     assert [p.name for p in foreign.iterdir()] == ["thesis.tex"]
 
@@ -153,9 +155,9 @@ def test_an_unreachable_gateway_is_named_and_the_robot_goes_on_trying(tmp_path):
 def test_a_credential_cannot_be_overwritten_by_accident(tmp_path):
     run = make_run(tmp_path, "tcp://127.0.0.1:7447")
     out = tmp_path / "arm-1.yaml"
-    assert fleet("enroll", "arm-1", "--run", run.path, "--out", out)[0] == 0
+    assert ask("enroll", "arm-1", "--run", run.path, "--out", out)[0] == 0
     before = out.read_text()
-    code, said = fleet("enroll", "arm-1", "--run", run.path, "--out", out)
+    code, said = ask("enroll", "arm-1", "--run", run.path, "--out", out)
     assert code == 2 and "exists" in said and out.read_text() == before
     assert out.stat().st_mode & 0o077 == 0
 
@@ -163,9 +165,9 @@ def test_a_credential_cannot_be_overwritten_by_accident(tmp_path):
 def test_a_robot_can_be_revoked_once_and_enrolled_again(tmp_path):
     run = make_run(tmp_path, "tcp://127.0.0.1:7447")
     for number in (1, 2):
-        assert fleet("enroll", "arm-1", "--run", run.path, "--out", tmp_path / f"{number}.yaml")[0] == 0
-        assert fleet("revoke", "arm-1", "--run", run.path)[0] == 0
-    code, said = fleet("revoke", "arm-1", "--run", run.path)
+        assert ask("enroll", "arm-1", "--run", run.path, "--out", tmp_path / f"{number}.yaml")[0] == 0
+        assert ask("revoke", "arm-1", "--run", run.path)[0] == 0
+    code, said = ask("revoke", "arm-1", "--run", run.path)
     assert code == 2 and "not enrolled" in said
 
 
@@ -177,11 +179,9 @@ def test_an_unknown_robot_adapter_is_named(tmp_path):
 
 def test_a_robot_that_waits_leaves_when_asked(tmp_path):
     path = enroll_here(make_run(tmp_path, f"tcp://127.0.0.1:{free_port()}"), "arm-1", {})
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "infra.cli", "join", str(path)], env=env, stderr=subprocess.PIPE, text=True
-    )
-    time.sleep(3)
+    process = command_line.fleet("join", path)
+    while "again" not in (line := process.stdout.readline()):
+        assert line, "it ended"
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 0

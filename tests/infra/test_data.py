@@ -1,10 +1,7 @@
 """``fleet data`` as a user types it, on a run that is served or not."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,19 +13,22 @@ from fleet.server.registry import RegistryServer
 from tests.buffer.fragments import make_spec
 from tests.buffer.runs import DEMO, POLICY, Writer, fill, make_run
 from tests.buffer.test_verify import fragments, spoil
+from tests.command_line import answer, fleet
 from tests.faults.test_shard_process import TEACH, shard, wait_until  # noqa: F401
 
-ROOT = Path(__file__).parents[2]
 COMMANDS = ("stats", "list", "show", "verify", "repair", "prune", "label", "exclude", "archive", "restore")
 
 
 def fleet_data(*arguments):
-    """(exit code, standard output, standard error) of the real command line."""
-    command = [sys.executable, "-m", "infra.cli", "data", *map(str, arguments)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, cwd=ROOT, check=False)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout, done.stderr
+    return answer("data", *arguments)
+
+
+def in_a_process(*arguments):
+    """(exit code, standard output) of the command line as it is started from a shell."""
+    command = fleet("data", *arguments)
+    said, _ = command.communicate(timeout=60)
+    assert "Traceback" not in said
+    return command.returncode, said
 
 
 def ask(*arguments):
@@ -54,7 +54,7 @@ def served(run):
 
 
 def test_the_group_lists_every_command_with_a_line(run):
-    _, out, _ = fleet_data("--help")
+    _, out = in_a_process("--help")
     for name in (*COMMANDS, "export", "import"):
         assert f" {name} " in out
 
@@ -191,12 +191,12 @@ def test_beside_a_gateway_and_a_robot_at_work(shard):  # noqa: F811
     try:
         wait_until(lambda: len(shard.stored()) > 3)
         path = shard.run.path
-        assert fleet_data("verify", path)[0] == 0
+        assert in_a_process("verify", path)[0] == 0
         before = ask("stats", path)["total"]["steps"]
         episode = ask("list", path, "--robot", "teacher")[0]["name"]
         assert fleet_data("exclude", path, episode)[0] == 0
         assert ask("show", path, episode)["excluded"]
-        assert fleet_data("repair", path)[0] == fleet_data("prune", path, "--max-gb", "1", "--yes")[0] == 2
+        assert in_a_process("repair", path)[0] == fleet_data("prune", path, "--max-gb", "1", "--yes")[0] == 2
         wait_until(lambda: ask("stats", path)["total"]["steps"] > before)
         assert actor.poll() is None and shard.gateway.poll() is None
     finally:

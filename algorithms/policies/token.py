@@ -56,7 +56,7 @@ class TokenConfig:
     temperature: float = 1.0
     """Logits are divided by it where tokens are drawn, and in their log-probability."""
     soft_decode: bool = False
-    """Of parallel: without noise, act gives the expected value of each token, not the likeliest."""
+    """Of parallel: without noise, act gives the expected value of each token, not the likeliest; it records the nearest."""
     blur: float = 0.0
     """Deviation, in tokens, of the target distribution of the imitation loss; 0: the true token alone."""
     width: int = 256
@@ -70,6 +70,8 @@ class TokenConfig:
     vision: str = "cnn"
     """See ``EncoderConfig``."""
     shift_pixels: int = 4
+    """See ``EncoderConfig``."""
+    select: Mapping[str, list[int]] = dataclasses.field(default_factory=dict)
     """See ``EncoderConfig``."""
 
 
@@ -91,12 +93,15 @@ class TokenPolicy(nn.Module):
         self._temperature, self._blur, self._soft = config.temperature, config.blur, config.soft_decode
         replay = {self.decoding.record_name: self.decoding.record_shape}
         self.spec = PolicySpec(reads, conditions, config.action_dim, config.horizon, replay, density=True)
-        encoder = EncoderConfig(config.width, config.encoder_layers, config.num_heads, config.vision, config.shift_pixels)
+        encoder = EncoderConfig(
+            config.width, config.encoder_layers, config.num_heads, config.vision, config.shift_pixels, config.select
+        )
         self.encoder = ObservationEncoder(self.spec, encoder)
         self.scale = ActionScale(config.action_dim)
         self.head = TokenHead(
             self.codec.num_tokens,
             config.num_bins,
+            1 if self.decoding.causal else config.action_dim,
             width=config.width,
             num_layers=config.num_layers,
             num_heads=config.num_heads,
@@ -132,6 +137,7 @@ class TokenPolicy(nn.Module):
             if noise is None and self._soft:
                 chance_BTV = predict(predict.nothing()).softmax(-1)
                 tokens_BT = chance_BTV @ torch.arange(self.codec.vocabulary, device=record.device).float()
+                record = tokens_BT.round()
             actions_BHA = self.scale.restore(self.codec.decode(tokens_BT))
         return Chunk(actions_BHA, log_prob_BT, {self.decoding.record_name: record.int()})
 

@@ -177,7 +177,7 @@ def counts(num_tokens: int, num_rounds: int, remask: float) -> list[tuple[int, i
     plan, known = [], 0
     for r in range(num_rounds):
         goal = math.ceil(num_tokens * (1 - math.cos(math.pi / 2 * (r + 1) / num_rounds)) - 1e-9)
-        again = int(remask * known) if r + 1 < num_rounds else 0
+        again = int(remask * known + 0.5) if r + 1 < num_rounds else 0
         plan.append((goal - known, again))
         known = goal - again
     return plan

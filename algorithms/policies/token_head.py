@@ -1,6 +1,7 @@
 """The transformer over action tokens that all ways of decoding share.
 
-Shape suffixes: B batch, T tokens, V vocabulary, F width, N tokens of the observation.
+Shape suffixes: B batch, T tokens, V vocabulary, P places of the transformer, G tokens a place, F width, N tokens of the
+observation.
 """
 
 from __future__ import annotations
@@ -16,22 +17,28 @@ KeysValues = tuple[Tensor, Tensor]  # (B, heads, M, F / heads) each
 
 
 class TokenHead(nn.Module):
-    """Action tokens, of which some are not known, look at each other and at the observation; each place gives logits.
+    """Action tokens, of which some are not known, look at each other and at the observation; each gets logits.
 
     Args:
-        causal: The place t sees the tokens before t only; it reads token t - 1. False: it reads token t and sees all.
+        num_together: G, tokens that share a place of the transformer: it reads the sum of their embeddings and says logits for
+            each. One place for all dimensions of a step is G times cheaper than one each. 1 for a causal head.
+        causal: The place t sees the tokens before t only; it reads token t - 1. False: places read their own tokens, and see
+            all.
     """
 
-    def __init__(self, num_tokens: int, vocabulary: int, *, width: int, num_layers: int, num_heads: int, causal: bool) -> None:
+    def __init__(
+        self, num_tokens: int, vocabulary: int, num_together: int, *, width: int, num_layers: int, num_heads: int, causal: bool
+    ) -> None:
         super().__init__()
         self.num_tokens, self.vocabulary, self.causal = num_tokens, vocabulary, causal
+        self._together = num_together
         self.unknown = vocabulary  # the input token of a place that is not known, and of what comes before the first
-        self.token = nn.Embedding(vocabulary + 1, width)
-        self.place_TF = nn.Parameter(torch.randn(num_tokens, width) * 0.02)
+        self.token = nn.Embedding(num_together * (vocabulary + 1), width)
+        self.place_PF = nn.Parameter(torch.randn(num_tokens // num_together, width) * 0.02)
         nn.init.normal_(self.token.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(width, num_heads, cross=True) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, vocabulary)
+        self.out = nn.Linear(width, num_together * vocabulary)
 
     def memory(self, observed_BNF: Tensor) -> list[KeysValues]:
         """Of each block, of the observation's tokens: computed once for all passes over them."""
@@ -43,11 +50,13 @@ class TokenHead(nn.Module):
         if self.causal:
             tokens_BT = torch.cat([torch.full_like(tokens_BT[:, :1], self.unknown), tokens_BT[:, :-1]], 1)
             mask = torch.ones(self.num_tokens, self.num_tokens, dtype=torch.bool, device=tokens_BT.device).tril()
-        x_BTF = self.token(tokens_BT) + self.place_TF
+        first_G = torch.arange(self._together, device=tokens_BT.device) * (self.vocabulary + 1)
+        tokens_BPG = tokens_BT.unflatten(1, (-1, self._together)) + first_G
+        x_BPF = self.token(tokens_BPG).sum(2) + self.place_PF
         for block, known in zip(self.blocks, memory, strict=True):
-            x_BTF = block(x_BTF, known, mask=mask)
-        logits: Tensor = self.out(self.norm(x_BTF)).float()
-        return logits
+            x_BPF = block(x_BPF, known, mask=mask)
+        logits_BTV: Tensor = self.out(self.norm(x_BPF)).unflatten(-1, (self._together, -1)).flatten(1, 2)
+        return logits_BTV.float()
 
     def step(self, token_B: Tensor, place: int, memory: list[KeysValues], cache: list[KeysValues]) -> Tensor:
         """(B, V): the logits of one place of a causal head, from the token before it; ``cache`` grows by its keys and values.
@@ -55,7 +64,7 @@ class TokenHead(nn.Module):
         Args:
             cache: Empty before the first place.
         """
-        x_B1F = self.token(token_B)[:, None] + self.place_TF[place]
+        x_B1F = self.token(token_B)[:, None] + self.place_PF[place]
         for i, (block, known) in enumerate(zip(self.blocks, memory, strict=True)):
             assert isinstance(block, Block)
             y_B1F = block.norms[0](x_B1F)

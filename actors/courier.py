@@ -7,6 +7,7 @@ gateway -> Uplinker thread -> mailbox -> PolicyRunner.load -> Courier.serve_once
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -136,7 +137,8 @@ class Courier:
         slot["chunk_id"], slot["version"] = chunk.chunk_id, chunk.version
         slot["horizon"] = len(chunk.actions_HA)
         slot["actions"][: len(chunk.actions_HA)] = chunk.actions_HA
-        self.chunks.commit()
+        with contextlib.suppress(RingClosed):  # the control process has ended; what it still had to say is read first
+            self.chunks.commit()
 
     def _say_failed(self, error: PolicyError) -> None:
         self.counters.failed_chunks += 1

@@ -111,8 +111,8 @@ class Plan:
         return True
 
     def waits(self, frame: int) -> bool:
-        """Whether this tick may wait for a chunk: one was asked for in it, and without it there is nothing as good."""
-        return self._in_flight and self._asked == frame and (self.chunking.mode != "async" or self.propose(frame) is None)
+        """Whether this tick may wait for a chunk: one was asked for in it. Not in "async", which measures how late they are."""
+        return self._in_flight and self._asked == frame and self.chunking.mode != "async"
 
     def prefix(self, frame: int) -> np.ndarray:
         """(D, A): the actions of this frame and the next, as far as they are certain to be executed before a chunk asked for

@@ -79,6 +79,8 @@ def evaluate_version(
         num_workers=workers,
         max_steps=tables["evaluator"].max_steps,
         watch=watch,
+        chunking=tables["actor"].chunking,
+        guidance=tables["actor"].guidance,
     )
     counts = {row.task: (row.num_episodes, row.num_successes) for row in table.rows}
     add_results(run, version, manifest.created_ns, label, counts)

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from algorithms.policies.statistics import Statistics
+from algorithms.policies.text import text_of
 from fleet.errors import PolicyError
 from fleet.spec import ACTION, IMAGE_PREFIX, RobotSpec
 
-# Entries of ``obs`` beside the robot's features. The first two are conditions, which a spec declares.
+# Entries of ``obs`` beside the robot's features. The first three are conditions, which a spec declares.
 INSTRUCTION = "instruction"  # (B, E): embedding of the task's instruction
+TEXT = "instruction_text"  # (B, text.NUM_BYTES), uint8: the instruction itself, see text.py
 ADVANTAGE = "advantage"  # (B,): 1 positive, -1 negative, 0 absent; a missing entry is absent for all
 PREFIX = "action_prefix"  # (B, D, A), robot's units: actions of the chunk's first steps that are decided already
 DELAY = "delay"  # (B,), int64: how many of them count, at most spec.max_delay; a missing entry is 0
@@ -138,14 +140,15 @@ class Policy(Protocol):
         ...
 
 
-def acting_conditions(spec: PolicySpec, embedding: Tensor) -> dict[str, Tensor]:
+def acting_conditions(spec: PolicySpec, embedding: Tensor, instruction: str = "") -> dict[str, Tensor]:
     """The conditions of a policy that is to do its best: the task's instruction, positive advantage.
 
     Args:
         embedding: (E,), or (B, E).
+        instruction: Its text, of all rows; used where the policy reads it.
 
     Raises:
-        PolicyError: The policy was made for embeddings of another size.
+        PolicyError: The policy was made for embeddings of another size, or the text is missing or too long.
     """
     rows = embedding.reshape(-1, embedding.shape[-1])
     conditions: dict[str, Tensor] = {}
@@ -157,6 +160,8 @@ def acting_conditions(spec: PolicySpec, embedding: Tensor) -> dict[str, Tensor]:
                 remedy="use the instruction encoder that the policy was trained with",
             )
         conditions[INSTRUCTION] = rows
+    if TEXT in spec.conditions:
+        conditions[TEXT] = text_of(instruction).to(rows.device).expand(len(rows), -1)
     if ADVANTAGE in spec.conditions:
         conditions[ADVANTAGE] = torch.ones(len(rows), device=rows.device)
     return conditions

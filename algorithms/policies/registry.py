@@ -17,7 +17,9 @@ FAMILIES = {
     "cnn": "algorithms.policies.gaussian:CnnPolicy",
     "flow": "algorithms.policies.flow:FlowPolicy",
     "token": "algorithms.policies.token:TokenPolicy",
+    "small_vla": "algorithms.policies.small_vla:SmallVla",
     "best_of": "algorithms.policies.best_of:BestOf",
+    "lerobot": "algorithms.policies.policy_lerobot:LerobotPolicy",
 }
 
 

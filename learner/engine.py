@@ -252,13 +252,24 @@ class RankSums:
         return total
 
 
-def require_finite(part: str, numbers: Mapping[str, float]) -> None:
-    """Raises LearnerError unless loss and gradient norm are finite."""
+def require_finite(part: str, numbers: Mapping[str, float], suspects: Callable[[], list[str]], dtype: str = "float32") -> None:
+    """Checks that loss and gradient norm are finite.
+
+    Args:
+        suspects: Says what may have been the cause; asked only then, on all ranks.
+        dtype: ``engine.dtype``.
+
+    Raises:
+        LearnerError: They are not; names the features, rows or parameters.
+    """
     if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
+        found = suspects() or ["inputs and weights are finite and of usual size"]
+        lower = ", or engine.dtype=float32" if dtype == "bfloat16" else ""
         raise LearnerError(
-            f"part {part!r} has loss {numbers['loss']} and gradient norm {numbers['grad_norm']}",
+            f"part {part!r} has loss {numbers['loss']} and gradient norm {numbers['grad_norm']}: {'; '.join(found)}"[:1500],
             rule="loss and gradients are finite",
-            remedy="look for broken data, or lower the learning rate; the weights are as before this step",
+            remedy=f"leave broken episodes out (`fleet data exclude`), or lower the learning rate{lower}; "
+            "the weights are as before this step",
         )
 
 

@@ -7,6 +7,7 @@ checkpoints are pickles and are not used: weights and optimizer state are put to
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -39,6 +40,7 @@ from learner.main import EngineConfig
 from learner.memory import memory_errors
 from learner.modules import prepare_module
 from learner.ranks import Ranks
+from learner.suspects import find_suspects
 from learner.zero.part import ELEMENTWISE, ZeroPart, stage_of
 
 
@@ -92,7 +94,9 @@ class DeepSpeedEngine:
                 else:
                     zero.skip()
                 read = numbers.read(torch.tensor(norm, device=self._device))
-                require_finite(part, read)
+                # Gradients are shared among ranks, or gone: of them nothing can be said.
+                suspects = functools.partial(find_suspects, batch, self._per_sample[part], {}, self._ranks)
+                require_finite(part, read, suspects, self._config.dtype)
                 self._buffers[part].share(numbers)
         return read
 

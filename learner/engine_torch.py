@@ -32,6 +32,7 @@ from learner.main import EngineConfig
 from learner.memory import memory_errors
 from learner.modules import prepare_module
 from learner.ranks import Ranks
+from learner.suspects import find_suspects
 
 
 class TorchEngine:
@@ -68,8 +69,11 @@ class TorchEngine:
                 with timed("optimizer"):
                     numbers = self._sum_over_ranks(part, numbers)
                     self._divide([p.grad for p in parameters if p.grad is not None], numbers.divisor())
-                    read = numbers.read(nn.utils.clip_grad_norm_(parameters, self._max_norm))
-                    require_finite(part, read)
+                    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+                    read = numbers.read(norm)
+                    # Before clipping: by a norm that is not finite it makes all gradients so.
+                    require_finite(part, read, lambda: self._suspects(part, batch), self._config.dtype)
+                    nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
                     self._share_buffers(part, numbers)
                     if read["weight"] > 0:
                         optimizer.step()
@@ -91,6 +95,9 @@ class TorchEngine:
             numbers.add(out)
             per_sample.append(out.per_sample_B[:rows])
         return numbers
+
+    def _suspects(self, part: str, batch: Batch) -> list[str]:
+        return find_suspects(batch, self._per_sample[part], self._trained[part], self._ranks)
 
     def _wrap(self, module: LossModule) -> nn.Module:
         return module

@@ -17,7 +17,16 @@ from learner.zero import part as zero_part
 from tests import rank_processes
 from tests.batches import take_rows
 from tests.learner.engine_toys import ALONE, CPU, toy_batch
-from tests.learner.zero_toys import SometimesUsed, TwoParts, difference, every_other, rows_of, train, with_its_task
+from tests.learner.zero_toys import (
+    SometimesUsed,
+    TwoParts,
+    difference,
+    every_other,
+    rows_of,
+    train,
+    train_frozen,
+    with_its_task,
+)
 
 SETTINGS = {
     "plain": {"size": 6},
@@ -39,6 +48,7 @@ def everything(ranks, folder, half):
         for name, more in SETTINGS.items():
             found[name, stage] = train(ranks, name="deepspeed", zero_stage=stage, **more)
         found["loaded", stage] = loaded(ranks, stage, half)
+        found["frozen", stage] = train_frozen(ranks, name="deepspeed", zero_stage=stage)
         for check in (refused, held, used_now_and_then, only_the_first_counts, counted, given_back):
             found[check.__name__, stage] = check(ranks, stage)
         if stage:
@@ -115,6 +125,19 @@ def test_a_state_goes_from_torch_to_ranks_that_share_and_back(zero, stage):
     for late in (found["goes_on"], train(steps=5, start=found["half"])):
         late.numbers = [*whole.numbers[:10], *late.numbers]
         assert difference(whole, late) <= TOLERANCE
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_frozen_modules_are_neither_trained_nor_kept(zero, stage):
+    alone = train_frozen()
+    assert not [name for name in (*alone["kept"], *alone["acting"], *alone["names"]) if name.startswith("first.")]
+    for rank in zero:
+        found = rank["frozen", stage]
+        assert found["unchanged"] and found["shared"] and sorted(found["names"]) == sorted(alone["names"])
+        for what in ("kept", "acting"):
+            assert list(found[what]) == list(alone[what])
+            for name, value in alone[what].items():
+                torch.testing.assert_close(found[what][name], value, rtol=0, atol=TOLERANCE)
 
 
 def refused(ranks, stage):

@@ -8,6 +8,7 @@ from torch import nn
 
 from algorithms.base import LossOutput, Part
 from algorithms.ema import Ema
+from algorithms.policies.frozen import freeze
 from learner.engines import make_engine
 from learner.main import EngineConfig
 from tests.batches import take_rows
@@ -71,6 +72,32 @@ class TwoParts:
                 group["lr"] = 0.02 if step < 5 else 0.01
 
 
+def train_frozen(ranks=ALONE, **config):
+    """A policy whose first layer is a frozen module, and its average: what is kept of it, and what became of the layer."""
+    algorithm = TwoParts()
+    policy = algorithm.policy
+    policy.frozen = ("first",)
+    freeze(policy)
+    before = {name: value.clone() for name, value in policy.first.state_dict().items()}
+    average = Ema(policy, 0.9)
+    engine = make_engine(EngineConfig(**config), algorithm, CPU, ranks)
+    for step in range(3):
+        batch = algorithm.prepare(rows_of(ranks, step))
+        numbers = [engine.update(part, algorithm.loss, batch) for part in algorithm.parts]
+        with engine.gathered():
+            algorithm.after_step(step)
+            average.update(step)
+    with engine.gathered():
+        acting = {name: value.detach().float().clone() for name, value in average.state_dict().items()}
+    kept, names = {n: v.clone() for n, v in engine.weights()["policy"].items()}, list(engine.state()["policy"]["state"])
+    engine.load_weights(engine.weights())
+    engine.close()
+    after = policy.first.state_dict()
+    unchanged = all(torch.equal(before[name], after[name]) for name in before)
+    shared = average.module.first is policy.first and not any(p.requires_grad for p in policy.first.parameters())
+    return {"numbers": numbers, "kept": kept, "acting": acting, "names": names, "unchanged": unchanged, "shared": shared}
+
+
 @dataclasses.dataclass
 class Curve:
     numbers: list
@@ -87,7 +114,7 @@ def train(ranks=ALONE, steps=STEPS, *, start=None, size=7, optimizer="AdamW", **
         first = len(start.numbers) // 2
         engine.load_weights(start.weights)
         engine.load_state(start.state)
-        algorithm.target.module.load_state_dict(start.target)
+        algorithm.target.load_state_dict(start.target)
     numbers, rows = [], ranks.place.split().rows(size)
     for step in range(first, first + steps):
         batch = algorithm.prepare(take_rows(toy_batch(step, size, torch.float32), rows))
@@ -95,7 +122,7 @@ def train(ranks=ALONE, steps=STEPS, *, start=None, size=7, optimizer="AdamW", **
         with engine.gathered():
             algorithm.after_step(step)
     weights = {part: {n: v.clone() for n, v in named.items()} for part, named in engine.weights().items()}
-    return Curve(numbers, weights, engine.state(), algorithm.target.module.state_dict())
+    return Curve(numbers, weights, engine.state(), algorithm.target.state_dict())
 
 
 def difference(first, second):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
@@ -15,6 +16,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def scale() -> int:
     """Factor on counts: 1 in ``make test``, 10 in ``make test-full``."""
     return max(1, int(os.environ.get("FLEET_TEST_SCALE", "1")))
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Keeps a text, for example times that were measured, for the end of the run; it is shown also when the test passes."""
+    return lambda text: request.node.user_properties.append(("told", text))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, text in report.user_properties if report.when == "call" else ():
+                if name == "told":
+                    terminalreporter.write_line(f"{report.nodeid}:\n{text}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

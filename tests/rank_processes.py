@@ -5,21 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from learner.ranks import RankPlace, Ranks
+from tests.ports import free_port
 
 TIMEOUT_S = 120.0
 
 
 def rendezvous() -> str:
     """A place on this machine where ranks may meet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    return f"tcp://127.0.0.1:{free_port()}"
 
 
 def on_ranks(

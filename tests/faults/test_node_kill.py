@@ -4,7 +4,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from fleet.identity import Credential
 from infra.nodes import read_nodes
 from infra.supervisor import recorded
 from tests.faults.toy_run import ToyRun
+from tests.ports import free_port
 
 NODES = ("n0", "n1", "n2")
 
@@ -31,9 +31,7 @@ class RayNodes:
         token.write_text(secrets.token_hex(32))
         self.env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
         self.env["RAY_raylet_start_wait_time_s"] = "120"  # on a busy machine its 30 s are not enough
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.address = f"127.0.0.1:{free_port()}"
         self.processes = {}
 
     def start(self, name):
@@ -86,7 +84,7 @@ def nodes_of(run):
 
 
 @pytest.mark.timeout(600)
-def test_a_node_dies_and_training_goes_on(cluster, tmp_path, capsys, scale):
+def test_a_node_dies_and_training_goes_on(cluster, tmp_path, tell, scale):
     (tmp_path / "mnt").mkdir()
     folder = f"{tmp_path}/{{node}}/{{run}}"
     overrides = [f"run.shared={tmp_path / 'mnt'}", "cluster.ranks=3", f"cluster.nodes=[{', '.join(NODES)}]"]
@@ -116,8 +114,7 @@ def test_a_node_dies_and_training_goes_on(cluster, tmp_path, capsys, scale):
         folders.pop(here)
         run.folders = [run.run.path, *folders.values()]
         run.check_that_nothing_was_lost()  # also what was on the node that died is on its disk
-        with capsys.disabled():
-            print(f"\na node of 3 was killed: training went on with 2 after {took:.1f} s")
+        tell(f"a node of 3 was killed: training went on with 2 after {took:.1f} s")
     finally:
         run.local.stop()
     assert not any(recorded(path / "logs" / "gateway.pid") for path in run.folders)

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from infra.up import DRIVER
-from tests.faults.toy_run import ToyRun, acknowledged, show
+from tests.faults.toy_run import ToyRun, acknowledged, table
 
 CHECKPOINT_EVERY, SEED = 50, 6
 
@@ -24,7 +24,7 @@ def toy_run(tmp_path_factory):
 
 
 @pytest.mark.timeout(120)
-def test_a_rank_is_killed_and_nobody_else_notices(toy_run, capsys):
+def test_a_rank_is_killed_and_nobody_else_notices(toy_run, tell):
     toy_run.until(lambda: toy_run.status.get("step", 0) > 160, 90)
     lost, driver = toy_run.num_lost_robots(), toy_run.child(DRIVER).last_pid
     recovery = toy_run.kill("rank")
@@ -32,11 +32,11 @@ def test_a_rank_is_killed_and_nobody_else_notices(toy_run, capsys):
     assert recovery.acknowledged > 0 and toy_run.status["restarts"] == 1
     assert toy_run.child(DRIVER).last_pid == driver
     assert all(child.num_restarts == 0 for child in toy_run.robots) and toy_run.num_lost_robots() == lost
-    show([recovery], capsys)
+    tell(table([recovery]))
 
 
 @pytest.mark.timeout(240)
-def test_ray_and_the_driver_are_killed_and_ingest_goes_on_without_them(toy_run, capsys):
+def test_ray_and_the_driver_are_killed_and_ingest_goes_on_without_them(toy_run, tell):
     lost, gateway = toy_run.num_lost_robots(), toy_run.child("gateway").last_pid
     recoveries = []
     for victim in (DRIVER, "ray"):
@@ -46,17 +46,17 @@ def test_ray_and_the_driver_are_killed_and_ingest_goes_on_without_them(toy_run, 
         assert recoveries[-1].acknowledged > 0 and recoveries[-1].steps_lost <= 2 * CHECKPOINT_EVERY
     assert toy_run.local.failure is None and toy_run.child("gateway").last_pid == gateway
     assert all(child.num_restarts == 0 for child in toy_run.robots) and toy_run.num_lost_robots() == lost
-    show(recoveries, capsys)
+    tell(table(recoveries))
 
 
 @pytest.mark.timeout(120)
-def test_gateway_and_registry_are_killed_and_the_learner_goes_on(toy_run, capsys):
+def test_gateway_and_registry_are_killed_and_the_learner_goes_on(toy_run, tell):
     rank, driver = toy_run.pids("rank"), toy_run.child(DRIVER).last_pid
     recoveries = [toy_run.kill(victim) for victim in ("registry", "gateway")]
     assert toy_run.pids("rank") == rank and toy_run.child(DRIVER).last_pid == driver
     assert all(recovery.steps_lost == 0 for recovery in recoveries)
     assert all(child.num_restarts == 0 for child in toy_run.robots)
-    show(recoveries, capsys)
+    tell(table(recoveries))
 
 
 @pytest.mark.timeout(120)
@@ -99,7 +99,7 @@ def test_prometheus_endpoints_tell_what_the_journals_tell(toy_run):
 
 
 @pytest.mark.timeout(1500)
-def test_kill_after_kill_of_whoever_chance_names(toy_run, scale, capsys):
+def test_kill_after_kill_of_whoever_chance_names(toy_run, scale, tell):
     robots = [child.name for child in toy_run.robots]
     victims = ["rank", "gateway", "registry", *robots, *([DRIVER, "raylet"] if scale >= 10 else [])]  # Ray starts take long
     chance, recoveries = random.Random(SEED), []
@@ -108,7 +108,7 @@ def test_kill_after_kill_of_whoever_chance_names(toy_run, scale, capsys):
         toy_run.until(lambda: True, 1)
     assert toy_run.local.failure is None
     assert max(recovery.steps_lost for recovery in recoveries) <= 2 * CHECKPOINT_EVERY
-    show(recoveries, capsys)
+    tell(table(recoveries))
 
 
 @pytest.mark.timeout(60)

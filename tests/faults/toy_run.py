@@ -161,9 +161,7 @@ def servers_of_ray(driver, names):
     return [found[name] for name in names] if set(names) <= set(found) else []
 
 
-def show(recoveries, capsys):
-    """The times as a table, also when the test passes."""
-    with capsys.disabled():
-        print("\nkilled    s to the next step  steps lost  fragments acknowledged meanwhile")
-        for r in recoveries:
-            print(f"{r.victim:9s} {r.seconds:18.1f}  {r.steps_lost:10d}  {r.acknowledged:10d}")
+def table(recoveries):
+    """The times, for people."""
+    rows = [f"{r.victim:9s} {r.seconds:18.1f}  {r.steps_lost:10d}  {r.acknowledged:10d}" for r in recoveries]
+    return "\n".join(["killed    s to the next step  steps lost  fragments acknowledged meanwhile", *rows])

@@ -13,6 +13,7 @@ from fleet.runfolder import RunFolder
 from infra.enroll import enroll_here
 from tests import command_line
 from tests.command_line import ROOT
+from tests.ports import free_port
 
 TOY = (ROOT / "examples" / "toy.yaml").read_text()
 
@@ -135,12 +136,6 @@ def make_run(tmp_path, endpoint):
     create_run_keys(run.keys)
     (run.path / "gateway.json").write_text(json.dumps({"endpoint": endpoint, "bound": endpoint}))
     return run
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_an_unreachable_gateway_is_named_and_the_robot_goes_on_trying(tmp_path):

@@ -22,6 +22,7 @@ from infra.supervisor import Supervisor
 from infra.targets import scrape_targets, targets_file, write_targets
 from infra.up import LocalRun, open_run, start_gateway, write_run_file
 from tests.command_line import ROOT
+from tests.ports import free_port
 
 HERE = ROOT / "infra" / "cluster"
 PACKAGES = ("fleet", "algorithms", "buffer", "actors", "learner", "infra")
@@ -277,11 +278,3 @@ def test_a_prometheus_finds_and_scrapes_a_gateway(gateway, tmp_path):
 def query(port, text):
     url = f"http://127.0.0.1:{port}/api/v1/query?query={urllib.request.quote(text)}"
     return json.loads(urllib.request.urlopen(url, timeout=5).read())["data"]["result"]
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

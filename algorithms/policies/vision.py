@@ -19,7 +19,7 @@ from fleet.errors import PolicyError
 from fleet.lookup import resolve
 
 VISION = {"cnn": "algorithms.policies.vision:Cnn", "vit": "algorithms.policies.vision:Vit"}
-MAX_SIDE = 8  # rows and columns of tokens that an image is reduced to, at most
+MAX_SIDE = 10  # rows and columns of tokens that an image is reduced to, at most
 MIN_PIXELS, MAX_PIXELS = 16, 1024  # sides of images
 
 
@@ -102,7 +102,7 @@ def random_shift(image_BHWC: Tensor, camera: str, pixels: int, noise: Mapping[st
 
 
 class Cnn(nn.Module):
-    """Convolutions that halve an image until it has at most 8 rows and columns (84 x 84: four of them, 6 x 6). Each place of
+    """Convolutions that halve an image until it has at most 10 rows and columns (84 x 84: four of them, 6 x 6). Each place of
     the last map is a token.
 
     Raises:
@@ -134,7 +134,7 @@ class Cnn(nn.Module):
 
 
 class Vit(nn.Module):
-    """A small vision transformer: square patches, as large as makes at most 8 rows and columns of them (84 x 84: 7 x 7 of 12
+    """A small vision transformer: square patches, as large as makes at most 10 rows and columns of them (84 x 84: 7 x 7 of 12
     pixels), and four blocks. It has no convolution to tell it what is near: it wants more demonstrations than ``cnn``.
 
     Raises:
@@ -150,7 +150,7 @@ class Vit(nn.Module):
         if width % self.NUM_HEADS or not patch:
             raise PolicyError(
                 f"a vision encoder 'vit' of width {width} for images of shape {shape}",
-                rule=f"the width is a multiple of {self.NUM_HEADS}; at most 8 patches of at most 64 pixels fit each side",
+                rule=f"the width is a multiple of {self.NUM_HEADS}; at most 10 patches of at most 64 pixels fit each side",
                 remedy="use images of 84, 96, 128 or 224 pixels a side, or the vision encoder 'cnn'",
             )
         self.num_tokens = (height // patch) * (columns // patch)

@@ -40,6 +40,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "flow, sde": ("flow", {**SIZES, **FLOW, "noise_level": 0.7, "advantage": True, "max_delay": 2}),
     "flow, sde of one step": ("flow", {**SIZES, **FLOW, "noise_level": 0.5, "stochastic": "one", "max_delay": 3}),
     "flow, learned noise": ("flow", {**SIZES, **FLOW, "noise_kind": "learned", "instruction_dim": 0}),
+    "small_vla": ("small_vla", {**SIZES, **FLOW, "reads": IMAGES, "select": {STATE: [0, 1]}, "advantage": True}),
+    "small_vla, vit": ("small_vla", {**SIZES, **FLOW, "reads": IMAGES, "vision": "vit"}),
     "token, parallel": ("token", {**SIZES, **TOKEN, "advantage": True, "soft_decode": True, "blur": 0.5}),
     "token, autoregressive": ("token", {**SIZES, **TOKEN, "decoding": "autoregressive", "advantage": True}),
     "token, autoregressive dct": ("token", {**SIZES, **TOKEN, "decoding": "autoregressive", "codec": "dct"}),

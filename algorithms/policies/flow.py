@@ -47,7 +47,7 @@ class FlowPolicy(nn.Module):
         super().__init__()
         check_flow(config)
         self._config = config
-        self.spec = flow_spec(config)
+        self.spec, self.num_steps = flow_spec(config), config.num_steps
         tokens = (config.width, config.encoder_layers, config.num_heads)
         encoder = EncoderConfig(*tokens, config.vision, config.shift_pixels, config.select)
         self.encoder = ObservationEncoder(self.spec, encoder)
@@ -88,11 +88,11 @@ class FlowPolicy(nn.Module):
         Raises:
             PolicyError: The prefix has another shape, or is longer than ``max_delay``.
         """
-        with self._exact():
-            batch, num_steps = len(obs[next(iter(self.spec.reads))]), self._config.num_steps
+        with self.exact():
+            batch, num_steps = len(next(iter(obs.values()))), self.num_steps
             prefix_BHA, fixed_BH = self._prefix(obs, batch)
             clean_BHA = None if prefix_BHA is None else self.scale.normalise(prefix_BHA)
-            flow = self._flow(obs, fixed_BH, guidance)
+            flow = self.flow(obs, fixed_BH, guidance)
             start_BHA = self.start_HA.float().repeat(batch, 1, 1) if noise is None else self._here(noise["start"])
             states, means, stds = [_inpaint(start_BHA, clean_BHA, fixed_BH)], [], []
             for k in range(num_steps):
@@ -124,7 +124,7 @@ class FlowPolicy(nn.Module):
     def log_prob(self, obs: Mapping[str, Tensor], chunk: Chunk) -> Tensor:
         """(B, J H): log density of each transition that was drawn, by action, summed over A; 0 for actions of the prefix. See
         ``Policy.log_prob``; the prefix comes from the chunk, not from ``obs``."""
-        with self._exact():
+        with self.exact():
             mean_BJHA, std_BJHA = self.transitions(obs, chunk)
             return _log_prob(self._replayed(chunk, CHAIN), mean_BJHA, std_BJHA, self._fixed(chunk))
 
@@ -140,12 +140,12 @@ class FlowPolicy(nn.Module):
                 rule="log-probabilities need steps that are drawn",
                 remedy="set noise_level above 0, or noise_kind=learned",
             )
-        with self._exact():
+        with self.exact():
             chain_BJHA, batch = self._replayed(chunk, CHAIN), len(chunk.actions_BHA)
-            index_BJ = torch.arange(self._config.num_steps, device=chain_BJHA.device).expand(batch, -1)
+            index_BJ = torch.arange(self.num_steps, device=chain_BJHA.device).expand(batch, -1)
             if INDEX in self.spec.replay:
                 index_BJ = self._replayed(chunk, INDEX).long()
-            flow = self._flow(obs, self._fixed(chunk), 1.0)
+            flow = self.flow(obs, self._fixed(chunk))
             laws = [self._step(flow, chain_BJHA[:, j], index_BJ[:, j])[1:] for j in range(self._num_drawn)]
             return torch.stack([mean for mean, _ in laws], 1), torch.stack([std for _, std in laws], 1)
 
@@ -173,7 +173,7 @@ class FlowPolicy(nn.Module):
             delay_B = torch.minimum(self._here(noise["delay"]), valid_BH.sum(1) - 1)  # something is left to be learnt
             fixed_BH = torch.arange(self.spec.horizon, device=x_BHA.device) < delay_B[:, None]
             x_BHA, valid_BH = _inpaint(x_BHA, target_BHA, fixed_BH), valid_BH & ~fixed_BH
-        v_BHA, _ = self._flow(obs, fixed_BH, 1.0, noise, seen_BH)(x_BHA, time_B)
+        v_BHA, _ = self.flow(obs, fixed_BH, 1.0, noise, seen_BH)(x_BHA, time_B)
         error_BH = ((v_BHA - (noise_BHA - target_BHA)) ** 2).mean(-1) * valid_BH
         return error_BH.sum(1) / valid_BH.sum(1).clamp(min=1)
 
@@ -182,27 +182,21 @@ class FlowPolicy(nn.Module):
         features_BF: Tensor = self.encoder(obs).mean(1)
         return features_BF
 
-    @property
-    def _num_drawn(self) -> int:
-        """J."""
-        return 1 if self._config.stochastic == "one" else self._config.num_steps
-
-    def _exact(self) -> torch.autocast:
-        """Densities are those of float32, also where the caller trains in another precision."""
-        return torch.autocast(self.start_HA.device.type, enabled=False)
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.start_HA.device)
-
-    def _flow(
+    def flow(
         self,
         obs: Mapping[str, Tensor],
-        fixed_BH: Tensor | None,
-        guidance: float,
+        fixed_BH: Tensor | None = None,
+        guidance: float = 1.0,
         augment: Any = None,
         seen_BH: Tensor | None = None,
     ) -> Flow:
-        """(x_BHA, time_B) -> (velocity, second output of the head) for these observations."""
+        """(x_BHA, time_B) -> (velocity, second output of the head) for these observations.
+
+        Args:
+            fixed_BH: bool, actions that are clean: their time is 0.
+            augment: Noise that moves images, while training.
+            seen_BH: bool, actions that others may look at; None: all.
+        """
         memory = self.head.memory(self.encoder(obs, augment))
         given_BF = absent_BF = None
         if self.advantage is not None:
@@ -210,7 +204,7 @@ class FlowPolicy(nn.Module):
             given_BF = self.advantage((sign_B > 0) + 2 * (sign_B < 0).long())
             absent_BF = self.advantage.weight[:1].expand_as(given_BF)
 
-        def flow(x_BHA: Tensor, time_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        def velocity(x_BHA: Tensor, time_B: Tensor) -> tuple[Tensor, Tensor | None]:
             time = time_B if fixed_BH is None else time_B[:, None] * ~fixed_BH
             if self.advantage is None or guidance == 1:
                 return self.head(x_BHA, time, memory, given_BF, seen_BH)
@@ -220,11 +214,23 @@ class FlowPolicy(nn.Module):
             v_BHA, spread_BHA = self.head(x_BHA, time, memory, given_BF, seen_BH)
             return absent_BHA + guidance * (v_BHA - absent_BHA), spread_BHA
 
-        return flow
+        return velocity
+
+    def exact(self) -> torch.autocast:
+        """What is integrated is float32, also where the caller trains in another precision."""
+        return torch.autocast(self.start_HA.device.type, enabled=False)
+
+    @property
+    def _num_drawn(self) -> int:
+        """J."""
+        return 1 if self._config.stochastic == "one" else self.num_steps
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.start_HA.device)
 
     def _step(self, flow: Flow, x_BHA: Tensor, index_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From x at the step ``index_B`` of each row: where the ODE leads, and mean and deviation of a drawn step."""
-        num_steps = self._config.num_steps
+        num_steps = self.num_steps
         time_B = times(num_steps).float().to(x_BHA.device)[index_B]
         v_BHA, spread_BHA = flow(x_BHA, time_B)
         ode_BHA = x_BHA - v_BHA / num_steps

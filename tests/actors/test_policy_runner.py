@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,16 +10,17 @@ from actors.robots.toy import ToyRobot
 from algorithms.policies.registry import build
 from fleet.errors import PolicyError
 from fleet.releases import Manifest
+from tests.actors.odd_policies import Jumpy
 
 CONFIG = {"reads": {"observation.state": [6]}, "action_dim": 2, "instruction_dim": 4}
 EMBEDDINGS = {"reach": [0.5, 0.5, 0.5, 0.5]}
 
 
-def release(version=1, config=CONFIG, change=lambda policy: None):
+def release(version=1, config=CONFIG, change=lambda policy: None, family="mlp"):
     torch.manual_seed(version)
-    policy = build("mlp", config)
+    policy = build(family, config)
     change(policy)
-    described = {"family": "mlp", "config": config, "spec": {}}
+    described = {"family": family, "config": config, "spec": {}}
     return Manifest(version, None, "bc", 0, 0, {}, described, {}, ()), save(policy.state_dict())
 
 
@@ -76,3 +79,72 @@ def test_weights_of_another_shape_are_refused(runner):
 def test_acting_before_a_release_is_an_error(runner):
     with pytest.raises(PolicyError, match="no release"):
         runner.act(0, 0, "reach", observation())
+
+
+def test_a_camera_of_another_size_is_refused_by_name():
+    robot = ToyRobot(images=32)
+    config = {**CONFIG, "reads": {"observation.images.top": [48, 48, 3]}, "width": 16, "vision_width": 16, "image_dims": 8}
+    with pytest.raises(PolicyError, match=r"observation\.images\.top.*\(32, 32, 3\)"):
+        PolicyRunner(robot.spec, EMBEDDINGS).load(*release(config=config, family="cnn"))
+
+
+def test_a_chunk_shorter_than_what_is_executed_of_it_is_refused():
+    with pytest.raises(PolicyError, match=r"horizon of 8.*at least the 9"):
+        PolicyRunner(ToyRobot().spec, EMBEDDINGS, execute=9).load(*release())
+
+
+def test_actions_of_another_unit_are_refused():
+    def in_degrees(policy):
+        policy.scale.center_A.fill_(90.0)
+
+    with pytest.raises(PolicyError, match=r"'action' from -1 to 1"):
+        PolicyRunner(ToyRobot().spec, EMBEDDINGS).load(*release(config=dict(CONFIG, normalise_actions=True), change=in_degrees))
+
+
+def test_embeddings_of_another_encoder_are_refused_before_the_robot_moves(runner):
+    runner.load(*release(1))
+    runner.set_embeddings({"reach": [1.0, 0.0]})
+    with pytest.raises(PolicyError, match="embedding of 2 elements"):
+        runner.load(*release(2))
+    with pytest.raises(PolicyError, match="embedding of 2 elements"):
+        runner.act(0, 0, "reach", observation())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_observation_that_is_not_finite_is_named(runner, bad):
+    runner.load(*release())
+    obs = {name: np.array(value) for name, value in observation().items()}
+    obs["observation.state"][3] = bad
+    with pytest.raises(PolicyError, match=rf"'observation\.state' is {bad} at \(3,\)"):
+        runner.act(0, 0, "reach", obs)
+    assert runner.act(0, 4, "reach", observation()).version == 1  # and the next one is as good as any
+
+
+class Liar(Jumpy):
+    """Says that it has a density to replay, and has none."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.spec = dataclasses.replace(self.spec, replay={"replay.tokens": (4,)}, density=True)
+
+
+class Broken(Jumpy):
+    def act(self, obs, noise=None, guidance=1.0):
+        raise ValueError("index out of range")
+
+
+@pytest.mark.parametrize(("family", "said"), [("Liar", r"replay\.tokens"), ("Broken", "index out of range")])
+def test_a_policy_that_is_not_what_it_says_fails_its_test(family, said):
+    manifest, data = release(config={}, family=f"tests.actors.test_policy_runner:{family}")
+    with pytest.raises(PolicyError, match=said):
+        PolicyRunner(ToyRobot().spec, EMBEDDINGS, sample=True).load(manifest, data)
+
+
+def test_a_prefix_longer_than_the_policy_can_continue_is_said_once(caplog):
+    runner = PolicyRunner(ToyRobot().spec, EMBEDDINGS)
+    runner.load(*release(config={"max_delay": 2}, family="tests.actors.odd_policies:Jumpy"))
+    obs, prefix_DA = observation(), np.arange(6, dtype=np.float32).reshape(3, 2)
+    whole, *others = (runner.act(0, n, "reach", obs, prefix_DA[:k]).actions_HA for n, k in enumerate((2, 3, 3)))
+    for actions_HA in (whole, *others):
+        np.testing.assert_array_equal(actions_HA[:2], prefix_DA[:2])
+    assert len(caplog.records) == 1 and "the 2 ticks that release 1" in caplog.text

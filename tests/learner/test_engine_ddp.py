@@ -13,6 +13,7 @@ from learner.engines import make_engine
 from learner.main import EngineConfig
 from tests.batches import take_rows
 from tests.learner.engine_toys import ALONE, CPU, ActorCritic, largest_difference, toy_batch, train_toy_engine
+from tests.learner.zero_toys import train_frozen
 from tests.rank_processes import on_ranks
 
 # float64: only the order of sums differs. float32: 1e-7 a number, times what 20 updates make of it.
@@ -32,6 +33,7 @@ def everything(ranks, alone):
     found["from_alone"] = train_toy_engine(ranks, 10, start=alone)
     found["half"] = train_toy_engine(ranks, 10)
     found["counted"] = train_toy_engine(ranks, 3, counts=True)
+    found["frozen"] = train_frozen(ranks)
     for check in (
         nan_on_one_rank,
         nothing_has_weight,
@@ -92,6 +94,16 @@ def copies(algorithm, engine):
     return {**{f"{part}.{n}": v for part, m in named.items() for n, v in m.items()}} | {
         f"{n}.{k}": v for n, s in moments.items() for k, v in s.items()
     }
+
+
+def test_frozen_modules_are_neither_trained_nor_kept(ddp):
+    alone = train_frozen()
+    for found in (rank["frozen"] for rank in ddp):
+        assert found["unchanged"] and found["shared"] and found["names"] == alone["names"]
+        for what in ("kept", "acting"):
+            assert list(found[what]) == list(alone[what]) and not any(name.startswith("first.") for name in found[what])
+            for name, value in alone[what].items():
+                torch.testing.assert_close(found[what][name], value, rtol=0, atol=2e-6)
 
 
 def own_rows(ranks, step):

@@ -131,7 +131,7 @@ def test_a_state_goes_from_torch_to_ranks_that_share_and_back(zero, stage):
 def test_frozen_modules_are_neither_trained_nor_kept(zero, stage):
     alone = train_frozen()
     assert not [name for name in (*alone["kept"], *alone["acting"], *alone["names"]) if name.startswith("first.")]
-    for rank in zero:
+    for rank in zero[:2]:
         found = rank["frozen", stage]
         assert found["unchanged"] and found["shared"] and sorted(found["names"]) == sorted(alone["names"])
         for what in ("kept", "acting"):

@@ -68,7 +68,7 @@ def test_a_release_is_what_acts(tmp_path):
     assert manifest.policy["spec"]["reads"] == {"observation.state": [3]} and manifest.policy["spec"]["action_dim"] == 2
     assert manifest.algorithm == "hg_dagger" and manifest.metrics["loss"] == pytest.approx(loop.progress.stats["loss"])
     # Observations are normalised by the data's own statistics, which travel with the weights.
-    assert weights["obs_std_S"].tolist() == pytest.approx([1.0, 1.0, 1.0], abs=0.1)
+    assert weights["normaliser.std_S"].tolist() == pytest.approx([1.0, 1.0, 1.0], abs=0.1)
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path):

@@ -24,9 +24,9 @@ from fleet.journal import read_journal
 from fleet.robot import Source
 from fleet.server.releases import ReleaseStore
 from fleet.spec import Feature, RobotSpec
-from learner.policy import complete_policy
 from learner.checkpoint import Checkpoints
 from learner.main import LearnerConfig, PolicyConfig, check_learner_tables
+from learner.policy import complete_policy
 from learner.skipped import Skipped
 from learner.train import train
 from tests.buffer.fragments import make_spec, message

@@ -179,6 +179,10 @@ class CnnPolicy(MlpPolicy):
                 rule="it reads at least one camera",
                 remedy="add a camera to policy.config.reads, or use the family 'mlp'",
             )
+        if min(config.vision_width, config.image_dims) < 1:
+            raise PolicyError(
+                f"vision_width is {config.vision_width}, image_dims is {config.image_dims}", rule="both are at least 1"
+            )
         self.vision = Cameras(images, config.vision, config.vision_width, config.shift_pixels)
         sizes = [num_tokens * config.vision_width for num_tokens in self.vision.num_tokens]
         self.summaries = nn.ModuleList(

@@ -8,10 +8,15 @@ from algorithms.policies.base import INSTRUCTION, Chunk
 from algorithms.policies.registry import build
 from algorithms.policies.statistics import Statistics
 from fleet.errors import PolicyError
-from fleet.spec import STATE
+from fleet.spec import ACTION, STATE
+from tests.algorithms.policies import cases
+from tests.algorithms.policies.cases import CAMERA
 
 CONFIG = {"reads": {STATE: [6], "observation.effort": [2, 2]}, "action_dim": 2, "horizon": 4, "width": 32}
 B, H, A = 5, 4, 2
+
+
+CAMERAS = {"reads": {STATE: [6], CAMERA: [32, 32, 3]}, "action_dim": 2, "horizon": 4, "width": 32, "vision_width": 16}
 
 
 def _policy(seed=0, **changes):
@@ -106,6 +111,62 @@ def test_the_instruction_matters_and_can_be_left_out():
     assert single.embed(obs).shape == (B, 32)
 
 
+def test_normalised_actions_are_learnt_in_their_own_units_and_their_density_is_in_the_robots():
+    policy, obs = _policy(normalise_actions=True), _obs()
+    known = cases.statistics_of(policy.spec)
+    policy.set_statistics(known)
+    half = torch.from_numpy((known[ACTION].high - known[ACTION].low) / 2).float()
+    chunk = policy.act(obs, policy.noise(B, torch.Generator().manual_seed(0)))
+    mean, std = policy.act(obs).actions_BHA, half * policy.log_std_A.exp()
+    expected = torch.distributions.Normal(mean, std).log_prob(chunk.actions_BHA).sum(-1)
+    torch.testing.assert_close(chunk.log_prob_BT, expected)
+    loss = policy.imitation_loss(obs, Chunk(mean.detach() + half * torch.tensor([0.3, -0.1])), torch.ones(B, H))
+    torch.testing.assert_close(loss, torch.full((B,), 0.2))
+    with pytest.raises(PolicyError, match=ACTION):
+        policy.set_statistics({name: value for name, value in known.items() if name != ACTION})
+
+
+def test_the_expected_ratio_of_another_policy_is_1(scale):
+    one, other = _policy(), _policy()
+    with torch.no_grad():
+        other.head.bias.add_(0.02)
+        other.log_std_A.sub_(0.05)
+        num = 20_000 * scale
+        obs = {name: value[:1].expand(num, *value.shape[1:]) for name, value in _obs().items()}
+        chunk = one.act(obs, one.noise(num, torch.Generator().manual_seed(0)))
+        ratio = (other.log_prob(obs, chunk) - chunk.log_prob_BT).exp()
+    assert ratio.std() > 0.1
+    assert ((ratio.mean(0) - 1).abs() < 4 * ratio.std(0) / num**0.5).all()
+
+
+def test_gradients_of_the_density_are_those_of_finite_differences():
+    policy, obs = _policy(normalise_actions=True), _obs()
+    policy.set_statistics(cases.statistics_of(policy.spec))
+    chunk = Chunk(torch.randn(B, H, A, generator=torch.Generator().manual_seed(0)))
+    policy.log_prob(obs, chunk).sum().backward()
+    for parameter, index in ((policy.log_std_A, 1), (policy.head.bias, 3)):
+        around = []
+        for step in (1e-2, -2e-2):
+            with torch.no_grad():
+                parameter[index] += step
+                around.append(policy.log_prob(obs, chunk).sum().item())
+        slope = (around[0] - around[1]) / 2e-2
+        assert parameter.grad[index].item() == pytest.approx(slope, rel=1e-2)
+        with torch.no_grad():
+            parameter[index] += 1e-2
+
+
+def test_the_camera_is_seen_and_may_be_all_there_is():
+    torch.manual_seed(0)
+    for reads in (CAMERAS["reads"], {CAMERA: [32, 32, 3]}):
+        policy = build("cnn", {**CAMERAS, "reads": reads})
+        obs = cases.observe(policy.spec)
+        seen = policy.act({**obs, CAMERA: 255 - obs[CAMERA]}).actions_BHA
+        assert (seen - policy.act(obs).actions_BHA).abs().amax((1, 2)).min() > 1e-3
+        with pytest.raises(PolicyError, match=f"{CAMERA}.* is missing"):
+            policy.act({name: value for name, value in obs.items() if name != CAMERA})
+
+
 @pytest.mark.parametrize(
     ("family", "config", "said"),
     [
@@ -114,6 +175,11 @@ def test_the_instruction_matters_and_can_be_left_out():
         ("mlp", {"reads": {STATE: [6]}}, "action_dim"),
         ("mlp", {**CONFIG, "horizon": 0}, "sizes are at least 1"),
         ("mlp", {**CONFIG, "reads": {}}, "reads is not empty"),
+        ("mlp", {**CONFIG, "reads": CAMERAS["reads"]}, "use the family 'cnn'"),
+        ("mlp", {**CONFIG, "select": {STATE: [6]}}, "different elements of 6"),
+        ("cnn", {**CAMERAS, "reads": CONFIG["reads"]}, "use the family 'mlp'"),
+        ("cnn", {**CAMERAS, "vision_width": 12}, CAMERA),
+        ("cnn", {**CAMERAS, "image_dims": 0}, "image_dims"),
     ],
 )
 def test_refusals(family, config, said):

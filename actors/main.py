@@ -151,7 +151,8 @@ class Actor:
         return 1
 
     def _welcome(self, tasks: dict[str, Any], settings: dict[str, Any]) -> None:
-        self.runner.set_embeddings({task: entry["embedding"] for task, entry in tasks.items()})
+        texts = {task: str(entry["instruction"]) for task, entry in tasks.items()}
+        self.runner.set_embeddings({task: entry["embedding"] for task, entry in tasks.items()}, texts)
         self._tasks = tasks
 
     def _metrics(self) -> dict[str, float]:

@@ -56,7 +56,12 @@ class ActingPolicy:
         self.num_short_prefixes = 0  # requests that came with more actions than the policy can continue
 
     def __call__(
-        self, obs: Mapping[str, np.ndarray], embedding: np.ndarray, prefix_DA: np.ndarray | None = None, seed: int = 0
+        self,
+        obs: Mapping[str, np.ndarray],
+        embedding: np.ndarray,
+        prefix_DA: np.ndarray | None = None,
+        seed: int = 0,
+        instruction: str = "",
     ) -> Answer:
         """The chunk for one observation.
 
@@ -66,9 +71,10 @@ class ActingPolicy:
             prefix_DA: What will be executed while the chunk is computed. Policies that continue a prefix begin the chunk with
                 these actions, at most their ``max_delay``; others take no notice.
             seed: Of the draw, where chunks are drawn.
+            instruction: Its text, for policies that read it.
 
         Raises:
-            PolicyError: The observation or the chunk is not finite, or the embedding is of another size.
+            PolicyError: The observation or the chunk is not finite, or the instruction is of another size.
         """
         import torch
 
@@ -76,7 +82,7 @@ class ActingPolicy:
 
         spec = self.policy.spec
         batch = {name: torch.from_numpy(self._finite(name, obs[name]))[None] for name in spec.reads}
-        batch |= acting_conditions(spec, torch.from_numpy(np.asarray(embedding, np.float32)))
+        batch |= acting_conditions(spec, torch.from_numpy(np.asarray(embedding, np.float32)), instruction)
         batch |= self._prefix(prefix_DA)
         noise = self.policy.noise(1, torch.Generator().manual_seed(seed)) if self.sample else None
         with torch.inference_mode():
@@ -109,7 +115,8 @@ class ActingPolicy:
         if embedding is None:
             embedding = np.zeros(spec.conditions.get(INSTRUCTION, (1,)), np.float32)
         try:
-            answer = self(self._plausible(), embedding, np.zeros((spec.max_delay, spec.action_dim), np.float32))
+            prefix_DA = np.zeros((spec.max_delay, spec.action_dim), np.float32)
+            answer = self(self._plausible(), embedding, prefix_DA, instruction="do it")
         except PolicyError:
             raise
         except Exception as error:  # a family's own defect, or a library's: this release is refused, the one before goes on

@@ -52,7 +52,9 @@ class PolicyRunner:
         self._next_chunk = 0
         self._said_short = False
 
-    def set_embeddings(self, embeddings: Mapping[str, list[float]]) -> None:
+    def set_embeddings(self, embeddings: Mapping[str, list[float]], instructions: Mapping[str, str] | None = None) -> None:
+        """By task; ``instructions`` for policies that read the text."""
+        self._instructions = dict(instructions or {})
         self._embeddings = {task: np.asarray(e, np.float32) for task, e in embeddings.items()}
 
     def load(self, manifest: Manifest, safetensors: bytes) -> None:
@@ -115,7 +117,7 @@ class PolicyRunner:
         if embedding is None:
             raise PolicyError(f"task {task!r} is not in the run's catalogue", rule=f"known are {sorted(self._embeddings)}")
         chunk_id, self._next_chunk = self._next_chunk, self._next_chunk + 1
-        answer = acting(obs, embedding, prefix_DA, seed=_seed(f"{self.stream}/{chunk_id}"))
+        answer = acting(obs, embedding, prefix_DA, _seed(f"{self.stream}/{chunk_id}"), self._instructions.get(task, ""))
         if acting.num_short_prefixes and not self._said_short:
             self._said_short = True
             log.warning(

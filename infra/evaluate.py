@@ -100,6 +100,7 @@ def evaluate(
     delay: int = 0,
     guidance: float = 1.0,
     sample: bool = False,
+    instructions: Mapping[str, str] | None = None,
 ) -> Table:
     """Runs ``policy`` once from each seed of each task.
 
@@ -115,6 +116,7 @@ def evaluate(
         chunking: How chunks follow each other, one of ``actors.plan.MODES``.
         delay: Steps that pass from an observation to the chunk that was computed from it: a slow policy, in simulated time.
         guidance, sample: See ``actors.policy_inference.ActingPolicy``; what is drawn is a function of seed and step.
+        instructions: Text by task, for policies that read it.
 
     Raises:
         ConfigError: A seed is not held out, ``execute`` or another setting is out of range, or there is nothing to do.
@@ -130,7 +132,7 @@ def evaluate(
     if trained_on:
         raise ConfigError(f"seed {trained_on[0]} may have been trained on", rule=f"held-out seeds lie in {HELD_OUT}")
     state = {name: tensor.detach().cpu().numpy() for name, tensor in policy.state_dict().items()}
-    how = _How(Chunking(chunking, execute), delay, guidance, sample, max_steps)
+    how = _How(Chunking(chunking, execute), delay, guidance, sample, max_steps, dict(instructions or {}))
     setup = (policy.family, policy.config, state, robot_adapter, dict(robot_settings), how)
     jobs = [
         (task, np.asarray(embedding, np.float32), list(seeds[i : i + _SEEDS_A_JOB]))
@@ -160,6 +162,7 @@ class _How:
     guidance: float
     sample: bool
     max_steps: int
+    instructions: Mapping[str, str]
 
 
 class _Worker:
@@ -198,7 +201,8 @@ class _Worker:
         for frame in itertools.count():
             take(frame)
             if plan.due(frame):
-                coming.append(self._chunk(frame, obs or self.robot.observe(), embedding, plan.prefix(frame), seed))
+                chunk = self._chunk(frame, obs or self.robot.observe(), task, embedding, plan.prefix(frame), seed)
+                coming.append(chunk)
                 take(frame)
             proposal = plan.propose(frame)
             feedback = self.robot.send(self.robot.hold() if proposal is None else proposal.action)
@@ -210,12 +214,13 @@ class _Worker:
                 return EpisodeResult(task, seed, feedback.success, frame + 1, changes.num_held, *changes.means())
         raise AssertionError("frames do not end")
 
-    def _chunk(self, frame: int, obs: Observation, embedding: np.ndarray, prefix_DA: np.ndarray, seed: int) -> PlannedChunk:
+    def _chunk(
+        self, frame: int, obs: Observation, task: str, embedding: np.ndarray, prefix_DA: np.ndarray, seed: int
+    ) -> PlannedChunk:
         features = self.robot.spec.features
         seen = {name: encode(features[name], np.asarray(obs[name])) for name in self._acting.policy.spec.reads}
-        answer = self._acting(
-            RecordedObservation(self.robot.spec, seen), embedding, prefix_DA, seed * self._how.max_steps + frame
-        )
+        recorded, text = RecordedObservation(self.robot.spec, seen), self._how.instructions.get(task, "")
+        answer = self._acting(recorded, embedding, prefix_DA, seed * self._how.max_steps + frame, text)
         return PlannedChunk(frame, frame, 0, answer.actions_HA)
 
 

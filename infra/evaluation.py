@@ -67,7 +67,8 @@ def evaluate_version(
     policy = rebuild(manifest.policy)
     load_published(policy, load(store.load(version)))
     tables = load_run(run.config, {**TABLES, "evaluator": EvaluatorConfig})
-    tasks = {task: entry["embedding"] for task, entry in json.loads((run.path / "tasks.json").read_text()).items()}
+    catalogue = json.loads((run.path / "tasks.json").read_text())
+    tasks = {task: entry["embedding"] for task, entry in catalogue.items()}
     adapter, settings = simulator(tables)
     table = evaluate(
         policy,
@@ -81,6 +82,7 @@ def evaluate_version(
         watch=watch,
         chunking=tables["actor"].chunking,
         guidance=tables["actor"].guidance,
+        instructions={task: entry["instruction"] for task, entry in catalogue.items()},
     )
     counts = {row.task: (row.num_episodes, row.num_successes) for row in table.rows}
     add_results(run, version, manifest.created_ns, label, counts)

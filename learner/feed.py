@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from algorithms.base import Batch
-from algorithms.policies.base import INSTRUCTION
+from algorithms.policies.base import INSTRUCTION, TEXT
 from buffer.gather import Allocate
 from fleet.batch import Windows
 from learner.ranks import Ranks
@@ -57,10 +57,14 @@ class Feed:
 
     Args:
         instructions_KE: Instruction embedding by index of the task.
+        texts_KC: The instruction itself, where the policy reads it (algorithms/policies/text.py).
     """
 
-    def __init__(self, instructions_KE: Tensor, device: torch.device) -> None:
-        self._instructions_KE, self._upload = instructions_KE.to(device), Upload(device)
+    def __init__(self, instructions_KE: Tensor, device: torch.device, texts_KC: Tensor | None = None) -> None:
+        self._by_task = {INSTRUCTION: instructions_KE.to(device)}
+        if texts_KC is not None:
+            self._by_task[TEXT] = texts_KC.to(device)
+        self._upload = Upload(device)
 
     def wait(self) -> None:
         """Returns when the arrays of all windows so far may be overwritten."""
@@ -69,9 +73,9 @@ class Feed:
     def batch(self, windows: Windows) -> Batch:
         """Every field of the windows on the device, and the instruction of each one's task."""
         batch = Batch(**{field.name: self._uploaded(getattr(windows, field.name)) for field in dataclasses.fields(Batch)})
-        instruction_BE = self._instructions_KE[batch.task_B]
+        conditions = {name: table[batch.task_B] for name, table in self._by_task.items()}
         for obs in (batch.obs, *batch.obs_at.values()):
-            obs[INSTRUCTION] = instruction_BE
+            obs |= conditions
         self._upload.end()
         return batch
 

@@ -67,7 +67,7 @@ class Loop:
 
     Args:
         source: Where batches come from.
-        instructions_KE: Instruction embedding by index of the task.
+        instructions_KE, texts_KC: See ``Feed``.
         keep: Publishes and checkpoints.
         report: Called with a copy of the progress every half second and at the end.
         write: ``Journal.write``; of the first rank only, the others say nothing about the run.
@@ -87,11 +87,12 @@ class Loop:
         budget: Budget,
         report: Callable[[Progress], None],
         write: Callable[..., None],
+        texts_KC: Tensor | None = None,
     ) -> None:
         self._phases, self._settings, self._device, self._ranks = phases, settings, device, ranks
         self._pace, self._keep, self._budget, self._timed = pace, keep, budget, budget.timed
         self._report, self._write = report, write
-        self._feed = Feed(instructions_KE, device)
+        self._feed = Feed(instructions_KE, device, texts_KC)
         self._supply = Supply(source, self._feed, ranks, pace, lambda: keep.release, budget.timed)
         self._phase = -1
         self._algorithm: Algorithm | None = None

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from algorithms.base import Algorithm
+from algorithms.policies.base import TEXT
+from algorithms.policies.text import text_of
 from buffer.image_cache import ImageCache
 from buffer.prefetch import Prefetcher
 from buffer.sampler import Sampler
@@ -95,7 +97,8 @@ def _train(run: RunFolder, tables: Mapping[str, Any], stop: Callable[[], bool], 
             return Progress(steps=config.steps)
         embeddings_KE = torch.tensor([task["embedding"] for task in tasks.values()], dtype=torch.float32)
         with memory_errors(tables["engine"], ranks):
-            loop = make_loop(run, tables, sampler, sampler.specs, embeddings_KE, journal, report, feed=feed, ranks=ranks)
+            texts = [str(task["instruction"]) for task in tasks.values()]
+            loop = make_loop(run, tables, sampler, sampler.specs, embeddings_KE, journal, report, texts, feed=feed, ranks=ranks)
             return loop.run(stop)
 
 
@@ -107,6 +110,7 @@ def make_loop(
     instructions_KE: torch.Tensor,
     journal: Journal,
     report: Report,
+    instructions: Sequence[str] = (),
     *,
     feed: BatchSource | None = None,
     ranks: Ranks | None = None,
@@ -115,6 +119,7 @@ def make_loop(
 
     Args:
         specs: Of the robots of this rank's shard.
+        instructions: By index of the task, for policies that read the text.
         feed: What makes the source's batches ahead; None: the source itself.
         ranks: None: this is the only one.
     """
@@ -142,6 +147,7 @@ def make_loop(
         budget=budget,
         report=report,
         write=write,
+        texts_KC=torch.stack([text_of(text) for text in instructions]) if TEXT in described["spec"]["conditions"] else None,
     )
     if checkpoint is not None:
         write(

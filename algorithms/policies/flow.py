@@ -89,36 +89,18 @@ class FlowPolicy(nn.Module):
             PolicyError: The prefix has another shape, or is longer than ``max_delay``.
         """
         with self.exact():
-            batch, num_steps = len(next(iter(obs.values()))), self.num_steps
+            batch = len(next(iter(obs.values())))
             prefix_BHA, fixed_BH = self._prefix(obs, batch)
-            clean_BHA = None if prefix_BHA is None else self.scale.normalise(prefix_BHA)
-            flow = self.flow(obs, fixed_BH, guidance)
             start_BHA = self.start_HA.float().repeat(batch, 1, 1) if noise is None else self._here(noise["start"])
-            states, means, stds = [_inpaint(start_BHA, clean_BHA, fixed_BH)], [], []
-            for k in range(num_steps):
-                index_B = torch.full((batch,), k, device=start_BHA.device)
-                ode_BHA, mean_BHA, std_BHA = self._step(flow, states[-1], index_B)
-                next_BHA = ode_BHA
-                if noise is not None and self.spec.density:
-                    means.append(mean_BHA)
-                    stds.append(std_BHA)
-                    next_BHA = mean_BHA + std_BHA * self._here(noise["steps"][:, min(k, self._num_drawn - 1)])
-                    if "index" in noise:
-                        next_BHA = torch.where((self._here(noise["index"]) == k)[:, None, None], next_BHA, ode_BHA)
-                states.append(_inpaint(next_BHA, clean_BHA, fixed_BH))
+            drawn = noise if self.spec.density else None
+            clean_BHA = None if prefix_BHA is None else self.scale.normalise(prefix_BHA)
+            states, laws = self._integrate(self.flow(obs, fixed_BH, guidance), start_BHA, drawn, clean_BHA, fixed_BH)
             chunk = Chunk(_inpaint(self.scale.restore(states[-1]), prefix_BHA, fixed_BH))
-            if not means:
-                return chunk
-            drawn_BJ = torch.arange(num_steps, device=start_BHA.device).expand(batch, -1)
-            chunk.replay[CHAIN] = torch.stack(states, 1)
-            if "index" in noise:
-                drawn_BJ = chunk.replay[INDEX] = self._here(noise["index"])[:, None]
-                chunk.replay[CHAIN] = _rows(chunk.replay[CHAIN], torch.cat([drawn_BJ, drawn_BJ + 1], 1))
-            if fixed_BH is not None:
-                chunk.replay[PREFIXED] = fixed_BH.sum(1, keepdim=True)
-            if self.advantage is None or guidance == 1:
-                mean_BJHA, std_BJHA = (_rows(torch.stack(parts, 1), drawn_BJ) for parts in (means, stds))
-                chunk.log_prob_BT = _log_prob(chunk.replay[CHAIN], mean_BJHA, std_BJHA, fixed_BH)
+            if drawn is not None:
+                index_BJ = self._record(chunk, states, drawn, fixed_BH)
+                if self.advantage is None or guidance == 1:
+                    mean_BJHA, std_BJHA = (_rows(torch.stack(parts, 1), index_BJ) for parts in zip(*laws, strict=True))
+                    chunk.log_prob_BT = _log_prob(chunk.replay[CHAIN], mean_BJHA, std_BJHA, fixed_BH)
         return chunk
 
     def log_prob(self, obs: Mapping[str, Tensor], chunk: Chunk) -> Tensor:
@@ -227,6 +209,33 @@ class FlowPolicy(nn.Module):
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.start_HA.device)
+
+    def _integrate(
+        self, flow: Flow, x_BHA: Tensor, drawn: Any, clean_BHA: Tensor | None, fixed_BH: Tensor | None
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """The K + 1 states from x at t = 1 on, and mean and deviation of each step where some are ``drawn``."""
+        states, laws = [_inpaint(x_BHA, clean_BHA, fixed_BH)], []
+        for k in range(self.num_steps):
+            x_BHA, mean_BHA, std_BHA = self._step(flow, states[-1], torch.full((len(x_BHA),), k, device=x_BHA.device))
+            if drawn is not None:
+                laws.append((mean_BHA, std_BHA))
+                drawn_BHA = mean_BHA + std_BHA * self._here(drawn["steps"][:, min(k, self._num_drawn - 1)])
+                here_B = self._here(drawn["index"]) == k if "index" in drawn else torch.ones_like(x_BHA[:, 0, 0]).bool()
+                x_BHA = torch.where(here_B[:, None, None], drawn_BHA, x_BHA)
+            states.append(_inpaint(x_BHA, clean_BHA, fixed_BH))
+        return states, laws
+
+    def _record(self, chunk: Chunk, states: list[Tensor], drawn: Any, fixed_BH: Tensor | None) -> Tensor:
+        """Fills the replay columns, and says which steps (B, J) were drawn."""
+        chain_BKHA = torch.stack(states, 1)
+        index_BJ = torch.arange(self.num_steps, device=chain_BKHA.device).expand(len(chain_BKHA), -1)
+        if "index" in drawn:
+            index_BJ = chunk.replay[INDEX] = self._here(drawn["index"])[:, None]
+            chain_BKHA = _rows(chain_BKHA, torch.cat([index_BJ, index_BJ + 1], 1))
+        chunk.replay[CHAIN] = chain_BKHA
+        if fixed_BH is not None:
+            chunk.replay[PREFIXED] = fixed_BH.sum(1, keepdim=True)
+        return index_BJ
 
     def _step(self, flow: Flow, x_BHA: Tensor, index_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From x at the step ``index_B`` of each row: where the ODE leads, and mean and deviation of a drawn step."""

@@ -1,3 +1,4 @@
+import functools
 import multiprocessing
 
 import numpy as np
@@ -15,6 +16,7 @@ from infra.intervals import wilson
 TASKS = {"reach": encode("reach the target"), "mirror": encode("go to the mirror image")}
 
 
+@functools.cache
 def _policy(gain=2.0):
     """A linear controller hidden in an mlp cannot be written down; this one is trained by hand for "reach"."""
     torch.manual_seed(0)

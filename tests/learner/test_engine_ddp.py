@@ -16,6 +16,7 @@ from tests.learner.engine_toys import ALONE, CPU, ActorCritic, largest_differenc
 from tests.learner.zero_toys import train_frozen
 from tests.rank_processes import on_ranks
 
+pytestmark = pytest.mark.timeout(150)  # beyond what on_ranks waits: its message names the rank
 # float64: only the order of sums differs. float32: 1e-7 a number, times what 20 updates make of it.
 SETTINGS = {
     "plain": ({"size": 6}, 1e-12),

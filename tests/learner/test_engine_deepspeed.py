@@ -34,6 +34,7 @@ SETTINGS = {
 }
 TOLERANCE = 2e-6  # float32: of losses, norms, weights and averages after 15 updates of each part; measured 5e-7
 STAGES = range(4)
+pytestmark = pytest.mark.timeout(450)  # beyond what on_ranks waits: its message names the rank
 
 
 def everything(ranks, folder, half):

@@ -28,6 +28,8 @@ from tests.learner.test_train import fill
 from tests.learner_toys import make_run, make_tables
 from tests.rank_processes import on_ranks, rendezvous
 
+pytestmark = pytest.mark.timeout(150)  # beyond what on_ranks waits: its message names the rank
+
 
 @dataclasses.dataclass
 class Scene:

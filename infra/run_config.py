@@ -125,8 +125,8 @@ def check_run_file(path: Path, overrides: list[str]) -> list[str]:
 
 
 def settle_pretrained(tables: dict[str, Any]) -> dict[str, Any]:
-    """For a new run that begins with a policy of another one: the tables, with a path that processes in other folders
-    understand. A run that goes on needs it no more.
+    """For a new run that begins with a policy from elsewhere: the tables, with a place that processes in other folders
+    understand, and that says the same later. A run that goes on needs it no more.
 
     Raises:
         FleetError: There is no such policy, or the run file says something else of its family or settings.
@@ -134,10 +134,10 @@ def settle_pretrained(tables: dict[str, Any]) -> dict[str, Any]:
     policy = tables["policy"]
     if not policy.pretrained:
         return tables
-    from learner.pretrained import absolute, check_pretrained
+    from learner.pretrained import check_pretrained, settled
 
     check_pretrained(policy)
-    return tables | {"policy": dataclasses.replace(policy, pretrained=absolute(policy.pretrained))}
+    return tables | {"policy": dataclasses.replace(policy, pretrained=settled(policy.pretrained))}
 
 
 def write_catalogue(run: RunFolder, config: RunConfig) -> dict[str, Any]:

@@ -5,12 +5,14 @@ All ranks take part, and come to the same.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from algorithms.policies.base import INSTRUCTION
+from algorithms.policies.frozen import fingerprints
 from algorithms.policies.normalise import ActionScale
 from algorithms.policies.registry import FAMILIES, build, describe, rebuild
 from fleet.errors import LearnerError, PolicyError
@@ -26,6 +28,7 @@ from learner.pretrained import (
     is_ours,
     load_pretrained,
     require_agreement,
+    same_place,
 )
 from learner.ranks import Ranks
 from learner.supply import BatchSource
@@ -61,6 +64,7 @@ def make_policy(
         completed = complete_policy(table, specs, instruction_dim)
         policy = build(completed["family"], completed["config"])
     check_fits(policy, specs, instruction_dim, normalised=not fit)
+    _require_same_files(policy, ranks)
     if fit:
         fit_statistics(policy, source, ranks)
     return policy, describe(policy)
@@ -147,11 +151,27 @@ def check_fits(policy: Any, specs: list[RobotSpec], instruction_dim: int, *, nor
         )
 
 
+def _require_same_files(policy: Any, ranks: Ranks) -> None:
+    """Ranks on several machines have the same frozen modules, or all raise LearnerError."""
+    here = fingerprints(policy)
+    if ranks.size == 1 or not here:
+        return
+    told = [json.loads(data) for data in ranks.gather_bytes(json.dumps(here).encode())]
+    for name in here:
+        differ = [rank for rank, other in enumerate(told) if other.get(name) != told[0].get(name)]
+        if differ:
+            raise LearnerError(
+                f"frozen module {name!r} of ranks {differ} differs from that of rank 0",
+                rule="all ranks train with the same pretrained files",
+                remedy="install the same ones on all nodes",
+            )
+
+
 def check_same_policy(table: PolicyConfig, described: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Raises LearnerError when the configuration names another policy than the checkpoint holds."""
     different = differences(table, described)
     before = (checkpoint.meta["settings"].get("policy") or {}).get("pretrained", "")
-    if before != table.pretrained:
+    if not same_place(before, table.pretrained):
         different["pretrained"] = (before, table.pretrained)
     for name, (old, new) in different.items():
         raise LearnerError(

@@ -102,12 +102,22 @@ def differences(table: PolicyConfig, described: Mapping[str, Any]) -> dict[str, 
     return different
 
 
-def absolute(where: str) -> str:
-    """The same place for processes in other folders; what is no path here (a name on a hub) stays."""
+def settled(where: str) -> str:
+    """The same place for processes in other folders and for later: an absolute path, a run with the version that is its
+    newest now. What is no path here (a name on a hub) stays."""
     folder, version = _split(where)
     if not folder.exists():
         return where
-    return f"{folder.absolute()}@{version}" if version else str(folder.absolute())
+    if version is None and not (folder / FACTS).is_file() and RunFolder(folder).mark.is_file():
+        version = ReleaseStore(folder / "releases").newest()
+    return str(folder.absolute()) + (f"@{version}" if version else "")
+
+
+def same_place(before: str, now: str) -> bool:
+    """Whether a run file still means what it did when ``settled`` looked: the place may be gone, and a run grow."""
+    (old, old_version), (new, new_version) = _split(before), _split(now)
+    alike = old == new or (not new.is_absolute() and old.parts[-len(new.parts) :] == new.parts)
+    return before == now or (bool(before and now) and alike and new_version in (None, old_version))
 
 
 def is_ours(where: str) -> bool:
@@ -182,8 +192,9 @@ def export_policy(run: RunFolder, version: int, folder: Path) -> Manifest:
 
 def _split(where: str) -> tuple[Path, int | None]:
     match = _VERSIONED.fullmatch(where)
-    versioned = match is not None and not Path(where).exists()
-    return (Path(match[1]).expanduser(), int(match[2])) if match and versioned else (Path(where).expanduser(), None)
+    if match is None or Path(where).exists():
+        return Path(where).expanduser(), None
+    return Path(match[1]).expanduser(), int(match[2])
 
 
 def _release(run: RunFolder, version: int) -> tuple[Manifest, bytes]:

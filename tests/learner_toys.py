@@ -215,6 +215,13 @@ def train_toy(run: RunFolder, tables: dict[str, Any], source: MemorySource | Non
     return loop
 
 
+def two_releases(run: RunFolder) -> RunFolder:
+    """Trains a run to its releases 1, of step 20, and 2, of step 40: each is on disk before it goes on."""
+    for steps in (20, 40):
+        train_toy(run, make_tables(steps=steps, start_steps=20, publish_every=20))
+    return run
+
+
 def state_of(loop: Any) -> dict[str, torch.Tensor]:
     """All tensors of a loop's algorithm and optimizers, by path."""
     found: dict[str, torch.Tensor] = {}

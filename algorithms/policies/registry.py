@@ -86,7 +86,7 @@ def load_published(policy: Any, weights: Mapping[str, Tensor]) -> None:
     ]
     if problems:
         raise PolicyError(
-            f"weights do not fit a policy of family {getattr(policy, 'family', '')!r}: {'; '.join(problems[:4])}"
+            f"weights do not fit {getattr(policy, 'family', type(policy).__name__)!r}: {'; '.join(problems[:4])}"
             + (f"; and {len(problems) - 4} more" if len(problems) > 4 else ""),
             rule="the same family and settings have the same tensors",
             remedy="look at the family and config that were trained",

@@ -12,16 +12,14 @@ from infra.up import open_run
 from learner.main import PolicyConfig
 from learner.pretrained import load_pretrained
 from tests.command_line import answer
-from tests.learner_toys import make_run, make_tables, train_toy
+from tests.learner_toys import make_run, two_releases
 
 TASKS = {"close": "close the drawer", "reach": "reach the target"}
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    run = make_run(tmp_path_factory.mktemp("policy") / "first")
-    train_toy(run, make_tables(steps=20, start_steps=0))
-    return run
+    return two_releases(make_run(tmp_path_factory.mktemp("policy") / "first"))
 
 
 def test_show_and_export_as_users_type_them(first, tmp_path):
@@ -30,9 +28,9 @@ def test_show_and_export_as_users_type_them(first, tmp_path):
     for said in ("family      mlp", "reads       observation.state (3,)", "config      width = 16"):
         assert said in out
     folder = tmp_path / "mine"
-    code, out, _ = answer("policy", "export", first.path, folder, "--version", "2")
-    assert code == 0 and out.startswith("release 2 (step 10, mlp) is in")
-    assert load_pretrained(str(folder)).described["step"] == 10
+    code, out, _ = answer("policy", "export", first.path, folder, "--version", "1")
+    assert code == 0 and out.startswith("release 1 (step 20, mlp) is in")
+    assert load_pretrained(str(folder)).described["step"] == 20
     assert answer("policy", "show", folder)[0] == 0
     for arguments, said in (
         (("export", first.path, folder), "holds something"),
@@ -51,7 +49,7 @@ def run_file(tmp_path, policy):
 
 def test_a_new_run_settles_where_its_policy_comes_from_before_anything_starts(first, tmp_path, monkeypatch):
     monkeypatch.chdir(first.path.parent)
-    path = run_file(tmp_path, {"pretrained": "first@2"})
+    path = run_file(tmp_path, {"pretrained": "first"})
     run, tables = open_run(path, [], resume=False, runs=tmp_path / "runs")
     assert tables["policy"].pretrained == f"{first.path}@2" and run.path.name == "second"
     wrong = {

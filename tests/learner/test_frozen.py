@@ -9,11 +9,14 @@ from safetensors.torch import load
 from algorithms.ema import Ema
 from algorithms.policies.frozen import fingerprints, require_same_frozen
 from algorithms.policies.registry import build, describe, load_published, published, rebuild
-from fleet.errors import PolicyError
+from fleet.errors import LearnerError, PolicyError
 from fleet.server.releases import ReleaseStore
 from learner.checkpoint import Checkpoints
+from learner.main import PolicyConfig
+from learner.policy import make_policy
+from learner.ranks import RankPlace, Ranks
 from tests.learner import frozen_toys
-from tests.learner_toys import MemorySource, make_run, make_tables, make_toy_loop, state_of, train_toy
+from tests.learner_toys import SPEC, MemorySource, make_run, make_tables, make_toy_loop, state_of, train_toy
 
 FAMILY = "tests.learner.frozen_toys:BackbonePolicy"
 LEARNT = {"normaliser.mean_S", "normaliser.std_S", "head.weight", "head.bias", "body.adapter.weight", "body.adapter.bias"}
@@ -78,6 +81,22 @@ def test_other_files_are_refused_by_robots_and_by_who_goes_on(tmp_path, trained,
     assert "'body.backbone'" in said and mine[:12] in said and described["frozen"]["body.backbone"][:12] in said
     with pytest.raises(PolicyError, match=r"'body\.backbone' is sha256 .* here"):
         make_toy_loop(run, tables(steps=80), MemorySource(1000))
+
+
+class OtherNode(Ranks):
+    """Two ranks, of which the other one has other files."""
+
+    def __init__(self):
+        super().__init__(RankPlace())
+        self.size = 2
+
+    def gather_bytes(self, data):
+        return [data, b'{"body.backbone": "0123"}']
+
+
+def test_ranks_with_other_files_do_not_begin():
+    with pytest.raises(LearnerError, match=r"'body\.backbone' of ranks \[1\] differs"):
+        make_policy(PolicyConfig(FAMILY), None, [SPEC], 4, MemorySource(10), OtherNode())
 
 
 def test_a_policy_without_the_module_is_refused():

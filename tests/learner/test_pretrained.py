@@ -15,20 +15,17 @@ from infra.policy_show import policy_lines
 from learner.checkpoint import Checkpoints
 from learner.main import PolicyConfig, check_learner_tables
 from learner.policy import make_policy
-from learner.pretrained import absolute, check_pretrained, export_policy, is_ours, load_pretrained
+from learner.pretrained import check_pretrained, export_policy, is_ours, load_pretrained, same_place, settled
 from learner.ranks import RankPlace, Ranks
 from learner.tensor_file import dumps
-from tests.learner_toys import SMALL_POLICY, SPEC, MemorySource, make_run, make_tables, train_toy
+from tests.learner_toys import SMALL_POLICY, SPEC, MemorySource, make_run, make_tables, train_toy, two_releases
 
 ALONE = Ranks(RankPlace())
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    """A run with releases 1 to 4, at steps 10, 20, 30 and 40."""
-    run = make_run(tmp_path_factory.mktemp("pretrained") / "first")
-    train_toy(run, make_tables())
-    return run
+    return two_releases(make_run(tmp_path_factory.mktemp("pretrained") / "first"))
 
 
 def weights_of(run, version):
@@ -43,8 +40,8 @@ def begin(where, specs=(SPEC,), instruction_dim=4, source=None, **table):
 
 def test_a_run_begins_with_the_newest_release_of_another_or_with_the_one_it_names(first, tmp_path):
     newest, described = begin(first.path)
-    second, _ = begin(f"{first.path}@2")
-    for policy, version in ((newest, 4), (second, 2)):
+    second, _ = begin(f"{first.path}@1")
+    for policy, version in ((newest, 2), (second, 1)):
         for name, tensor in weights_of(first, version).items():
             assert torch.equal(policy.state_dict()[name], tensor), name
     assert described["family"] == "mlp" and described["config"]["width"] == SMALL_POLICY["width"]
@@ -53,15 +50,15 @@ def test_a_run_begins_with_the_newest_release_of_another_or_with_the_one_it_name
 
 def test_an_exported_folder_stands_alone_and_a_run_goes_on_without_it(first, tmp_path):
     folder = tmp_path / "policy"
-    assert export_policy(first, 3, folder).version == 3
-    assert set(load((folder / "model.safetensors").read_bytes())) == set(weights_of(first, 3))
+    assert export_policy(first, 1, folder).version == 1
+    assert set(load((folder / "model.safetensors").read_bytes())) == set(weights_of(first, 1))
     facts = json.loads((folder / "policy.json").read_text())
-    assert facts["family"] == "mlp" and facts["algorithm"] == "hg_dagger" and facts["step"] == 30
+    assert facts["family"] == "mlp" and facts["algorithm"] == "hg_dagger" and facts["step"] == 20
     run, tables = make_run(tmp_path / "second"), make_tables(start_steps=0, steps=3, checkpoint_every=3)
     tables["policy"] = PolicyConfig(pretrained=str(folder))
     tables["algorithm"].config |= {"ema_decay": 0.0, "start_learning_rate": 1e-9, "learning_rate": 1e-9}
     train_toy(run, tables)
-    for name, tensor in weights_of(first, 3).items():  # it learns too slowly to be seen
+    for name, tensor in weights_of(first, 1).items():  # it learns too slowly to be seen
         torch.testing.assert_close(weights_of(run, 1)[name], tensor, rtol=0, atol=1e-6)
     shutil.rmtree(folder)
     tables["learner"].steps = 6
@@ -73,7 +70,7 @@ def test_an_exported_folder_stands_alone_and_a_run_goes_on_without_it(first, tmp
 
 
 def test_statistics_stay_those_of_the_checkpoint_unless_fitted_anew(first):
-    before = weights_of(first, 4)
+    before = weights_of(first, 2)
     far = MemorySource(100, seed=9)
     kept, _ = begin(first.path, source=far)
     fitted, _ = begin(first.path, source=far, statistics="fit")
@@ -153,8 +150,16 @@ def test_tables_of_a_pretrained_policy_need_no_family(first, monkeypatch):
     with pytest.raises(LearnerError, match=r"policy\.family = 'token'"):
         check_pretrained(PolicyConfig("token", pretrained=str(first.path)))
     monkeypatch.chdir(first.path.parent)
-    assert absolute("first@2") == f"{first.path}@2" and absolute("hub/name") == "hub/name"
+    assert settled("first@1") == f"{first.path}@1" and settled("first") == f"{first.path}@2"
+    assert settled("hub/name") == "hub/name"
     assert is_ours("first") and is_ours("first@2") and not is_ours("hub/name")
+
+
+def test_a_place_is_the_same_however_the_run_file_says_it():
+    assert same_place("/a/runs/x@4", "runs/x") and same_place("/a/runs/x@4", "/a/runs/x@4") and same_place("", "")
+    for now in ("", "runs/y", "runs/x@3", "/b/runs/x", "x/runs/x"):
+        assert not same_place("/a/runs/x@4", now)
+    assert not same_place("", "runs/x")
 
 
 def test_what_show_prints(first):

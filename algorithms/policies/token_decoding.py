@@ -162,7 +162,7 @@ class Diffusion:
             num_valid_B1 = valid_BT.sum(1, keepdim=True)
             share_B1 = torch.cos(noise["mask"][:, :1] * (math.pi / 2))
             rank_BT = noise["mask"][:, 1:].masked_fill(~valid_BT, 2.0).argsort(1).argsort(1)
-            masked_BT = masked_BT | (rank_BT < (share_B1 * num_valid_B1).ceil().clamp(min=1))
+            masked_BT = masked_BT | (rank_BT < (share_B1 * num_valid_B1).ceil())
         else:
             masked_BT = torch.ones_like(valid_BT)
         logits_BTV = predict(tokens_BT.masked_fill(masked_BT, predict.head.unknown))

@@ -40,7 +40,7 @@ test-lerobot: $(LEROBOT)/.ready-lerobot  ## import and export tried with lerobot
 
 bench: $(VENV)/.ready-dev  ## every benchmark, and benchmarks/RESULTS.md from their results
 	@tools/setup_peers.sh || echo "bench  without these peers: their rows will say so"
-	@for name in attribution buffer learner; do
+	@for name in attribution buffer learner policies; do
 		echo "bench  $$name"
 		$(PY) -m benchmarks.$$name --json
 	done

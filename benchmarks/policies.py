@@ -7,6 +7,7 @@
 state: ten Meta-World tasks, 10 scripted demonstrations a task, the 39 numbers of the simulator's state.
 images: one task, 20 demonstrations, one camera of 84 x 84 pixels and 4 of the 39 numbers: of the gripper, not of objects.
 speed: milliseconds of ``act`` at chunks of 16, compiled and not, and bytes of a release.
+latency: success and jumps between chunks of the flow policy when chunks come late.
 
 Demonstrations, log, sampler, learner, releases and tests are those of a run; two families train at a time, each in a process
 with one thread. A release (the moving average) acts deterministically on starts that nobody trained on, 4 of 8 actions of
@@ -22,12 +23,12 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.buffer_report import say
-from benchmarks.policies_cases import IMAGE_CASES, IMAGE_TASK, STATE_CASES, Case
+from benchmarks.policies_cases import IMAGE_CASES, IMAGE_TASK, STATE_CASES
 from benchmarks.policies_data import MT10, make_demonstrations
+from benchmarks.policies_latency import measure_latency
 from benchmarks.policies_learn import learn, rows_of
 from benchmarks.policies_speed import measure_speed
 from benchmarks.results import Row, save
@@ -35,7 +36,7 @@ from fleet.errors import ConfigError
 from fleet.lookup import nearest
 from fleet.seeds import CLAIMS
 
-PARTS = ("state", "images", "speed")
+PARTS = ("state", "images", "speed", "latency")
 IMAGE_SIZE = 84
 
 
@@ -58,7 +59,7 @@ def measure_learning(part: str, folder: Path, counts: Counts, args: argparse.Nam
     """Rows of the ten tasks, or of the one with images."""
     images = part == "images"
     tasks, cases = ({IMAGE_TASK: MT10[IMAGE_TASK]}, IMAGE_CASES) if images else (MT10, STATE_CASES)
-    chosen = [dataclasses.replace(c, steps=max(2, int(c.steps * counts.steps))) for c in choose(cases, args.families)]
+    chosen = [case.shortened(counts.steps) for case in cases if not args.families or case.name in args.families]
     if not chosen:
         return []
     size = IMAGE_SIZE if images else 0
@@ -75,9 +76,11 @@ def measure_learning(part: str, folder: Path, counts: Counts, args: argparse.Nam
     return rows_of(outcomes)
 
 
-def choose(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
-    """The cases of these names, all where there is none."""
-    return [case for case in cases if not names or case.name in names]
+def measure(part: str, folder: Path, counts: Counts, args: argparse.Namespace) -> list[Row]:
+    """Rows of one part."""
+    if part == "speed":
+        return measure_speed(counts.repeats, args.families)
+    return measure_latency(folder, counts, args.workers) if part == "latency" else measure_learning(part, folder, counts, args)
 
 
 def main() -> None:
@@ -101,7 +104,7 @@ def main() -> None:
     every: list[Row] = []
     try:
         for part in args.only:
-            rows = measure_speed(counts.repeats) if part == "speed" else measure_learning(part, folder, counts, args)
+            rows = measure(part, folder, counts, args)
             for row in rows:
                 say(f"{row.what}: {row.value} {row.unit} {row.why}")
             if not args.quick and not args.families:

@@ -1,6 +1,6 @@
 """Which families the benchmark trains, with which settings: what a run file would say in ``policy`` and ``algorithm``.
 
-Budgets are of one order of magnitude in updates; what a family needs otherwise is stated here and nowhere else.
+Budgets are minutes of one core each. What a family needs otherwise than the others is stated here and nowhere else.
 """
 
 from __future__ import annotations
@@ -24,27 +24,52 @@ class Case:
         name: In the table.
         family: Of the registry.
         config: ``policy.config`` but for the horizon.
-        algorithm: ``algorithm.config`` of behaviour cloning.
+        batch_size, learning_rate: Of behaviour cloning.
         steps: Updates.
     """
 
     name: str
     family: str
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    algorithm: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    batch_size: int = 128
+    learning_rate: float = 1e-3
     steps: int = 3000
 
     def settings(self, seed: int) -> dict[str, dict[str, Any]]:
         """The learner's tables; the newest weights are published once, at the end."""
         never = 10**9
         learner = {"steps": self.steps, "start_steps": 0, "seed": seed, "device": "cpu", "metrics_port": -1}
+        algorithm = {"seed": seed, "batch_size": self.batch_size, "learning_rate": self.learning_rate}
         return {
             "learner": {**learner, "min_size_to_sample": 1, "publish_every": never, "checkpoint_every": never},
             "policy": {"family": self.family, "config": {"horizon": HORIZON, **self.config}},
-            "algorithm": {"name": "bc", "config": {"seed": seed, **self.algorithm}},
+            "algorithm": {"name": "bc", "config": algorithm},
         }
 
+    def shortened(self, share: float) -> Case:
+        """With this share of the updates."""
+        return dataclasses.replace(self, steps=max(2, int(self.steps * share)))
 
-TRANSFORMER = {"learning_rate": 1e-3, "batch_size": 128}
-STATE_CASES = (Case("mlp", "mlp", steps=4000),)
-IMAGE_CASES: tuple[Case, ...] = ()
+
+SMALL_TOKENS = {"width": 128, "num_layers": 2, "encoder_layers": 1, "num_bins": 65}  # an update of 0.1 s on one core
+GRIPPER_AND_CAMERA = {"reads": list(IMAGE_READS), "select": GRIPPER}
+
+STATE_CASES = (
+    Case("mlp", "mlp", batch_size=256, steps=4000),
+    Case("flow", "flow"),
+    Case("token, parallel", "token", {**SMALL_TOKENS, "decoding": "parallel"}),
+    Case("token, autoregressive", "token", {**SMALL_TOKENS, "decoding": "autoregressive"}, steps=2000),
+    Case("token, autoregressive, dct", "token", {**SMALL_TOKENS, "decoding": "autoregressive", "codec": "dct"}),
+    Case("token, diffusion", "token", {**SMALL_TOKENS, "decoding": "diffusion"}),
+)
+IMAGE_CASES = (
+    Case("cnn", "cnn", GRIPPER_AND_CAMERA, batch_size=64, steps=1500),
+    Case("small_vla", "small_vla", GRIPPER_AND_CAMERA, batch_size=32, learning_rate=5e-4, steps=1000),
+    Case("token with images", "token", {**SMALL_TOKENS, **GRIPPER_AND_CAMERA}, batch_size=32, steps=1500),
+)
+
+CHUNK_TASKS = ("push-v3", "door-open-v3")
+CHUNK_CASES = (  # of the part "latency": chunks long enough for what comes late
+    Case("flow", "flow", {"horizon": 16}, steps=2000),
+    Case("flow trained for delays", "flow", {"horizon": 16, "max_delay": 4}, steps=2000),
+)

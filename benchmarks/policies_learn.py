@@ -57,11 +57,16 @@ def learn(
 
     def one(job: tuple[Case, int]) -> Outcome:
         case, seed = job
-        run = run_beside(demonstrations, folder / f"{case.name.replace(' ', '-')}-{seed}")
+        run = run_beside(demonstrations, run_folder(folder, case.name, seed))
         return _outcome(run, case, seed, {"episodes": episodes, "first": first_start})
 
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(one, [(case, seed) for seed in range(1, seeds + 1) for case in cases]))
+
+
+def run_folder(folder: Path, case: str, seed: int) -> Path:
+    """Where the run of a case lies."""
+    return folder / f"{case.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
 def _outcome(run: RunFolder, case: Case, seed: int, counts: dict[str, int]) -> Outcome:

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from algorithms.policies.base import ADVANTAGE, DELAY, INSTRUCTION, PREFIX, Chunk, PolicySpec
+from algorithms.policies.base import ADVANTAGE, DELAY, INSTRUCTION, PREFIX, TEXT, Chunk, PolicySpec
 from algorithms.policies.registry import build
 from algorithms.policies.statistics import Statistics
+from algorithms.policies.text import text_of
 from fleet.spec import ACTION, IMAGE_PREFIX, STATE
 
 EFFORT, CAMERA, WRIST = "observation.effort", f"{IMAGE_PREFIX}front", f"{IMAGE_PREFIX}wrist"
 VECTORS = {STATE: [6], EFFORT: [2, 2]}
-IMAGES = {STATE: [6], CAMERA: [32, 32, 3], WRIST: [32, 40, 3]}
+IMAGES = {STATE: [6], CAMERA: [24, 24, 3], WRIST: [24, 32, 3]}
 B, H, A, E = 5, 4, 3, 8  # batch, chunk, action and instruction dims of all cases
 SIZES: dict[str, Any] = {"action_dim": A, "horizon": H, "instruction_dim": E}
 FLOW = {"reads": VECTORS, "width": 32, "num_layers": 2, "num_heads": 2, "num_steps": 4}
@@ -33,7 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cnn": ("cnn", {**SIZES, "reads": IMAGES, "width": 32, "vision_width": 16, "image_dims": 16}),
     "cnn, images alone": (
         "cnn",
-        {**SIZES, "reads": {CAMERA: [32, 32, 3]}, "width": 32, "vision_width": 16, "instruction_dim": 0},
+        {**SIZES, "reads": {CAMERA: [24, 24, 3]}, "width": 32, "vision_width": 16, "instruction_dim": 0},
     ),
     "flow": ("flow", {**SIZES, **FLOW}),
     "flow, images": ("flow", {**SIZES, **FLOW, "reads": IMAGES, "time_sampling": "beta"}),
@@ -41,7 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "flow, sde of one step": ("flow", {**SIZES, **FLOW, "noise_level": 0.5, "stochastic": "one", "max_delay": 3}),
     "flow, learned noise": ("flow", {**SIZES, **FLOW, "noise_kind": "learned", "instruction_dim": 0}),
     "small_vla": ("small_vla", {**SIZES, **FLOW, "reads": IMAGES, "select": {STATE: [0, 1]}, "advantage": True}),
-    "small_vla, vit": ("small_vla", {**SIZES, **FLOW, "reads": IMAGES, "vision": "vit"}),
+    "small_vla, vit": ("small_vla", {**SIZES, **FLOW, "reads": {CAMERA: [24, 24, 3]}, "vision": "vit"}),
     "token, parallel": ("token", {**SIZES, **TOKEN, "advantage": True, "soft_decode": True, "blur": 0.5}),
     "token, autoregressive": ("token", {**SIZES, **TOKEN, "decoding": "autoregressive", "advantage": True}),
     "token, autoregressive dct": ("token", {**SIZES, **TOKEN, "decoding": "autoregressive", "codec": "dct"}),
@@ -81,6 +82,8 @@ def observe(spec: PolicySpec, batch: int = B, seed: int = 2) -> dict[str, Tensor
         obs[name] = torch.randint(0, 256, (batch, *shape), generator=g, dtype=torch.uint8)
     for name, shape in spec.conditions.items():
         obs[name] = torch.randn(batch, *shape, generator=g)
+    if TEXT in obs:
+        obs[TEXT] = torch.stack([text_of(f"put thing {row} away"[: 8 + 3 * row]) for row in range(batch)])
     if INSTRUCTION in obs:
         obs[INSTRUCTION] /= obs[INSTRUCTION].norm(dim=1, keepdim=True)
     if ADVANTAGE in obs:

@@ -190,18 +190,18 @@ def test_parts_of_a_batch_sum_to_the_whole(name):
             torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-3, atol=1e-5)
 
 
-def test_it_learns_one_batch_by_heart(name, scale):
+def test_it_learns_one_batch_by_heart(name):
     policy = make(name).train()
     obs, drawn, (chunk, mask_BH) = observe(policy.spec), noise(policy), targets(policy.spec)
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=3e-3)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=5e-3)
     losses = []
-    for _ in range(40):
+    for _ in range(15):
         loss = policy.imitation_loss(obs, chunk, mask_BH, drawn).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert np.isfinite(losses).all() and np.mean(losses[-3:]) < 0.5 * losses[0]
+    assert np.isfinite(losses).all() and np.mean(losses[-3:]) < 0.6 * losses[0]
 
 
 def test_a_release_holds_all_that_acting_needs(name):

@@ -251,7 +251,7 @@ class FlowPolicy(nn.Module):
         return ode_BHA, mean_BHA, std_B11.expand_as(mean_BHA)
 
     def _prefix(self, obs: Mapping[str, Tensor], batch: int) -> tuple[Tensor | None, Tensor | None]:
-        """The prefix (B, H, A), robot's units, 0 where it does not count, and where it counts (B, H); None without."""
+        """The prefix (B, H, A), robot's units, and where it counts (B, H); None where there cannot be one."""
         max_delay, shape = self.spec.max_delay, (batch, self.spec.max_delay, self.spec.action_dim)
         delay_B = self._here(torch.as_tensor(obs.get(DELAY, torch.zeros(batch)))).long()
         longest = int(delay_B.max())
@@ -268,7 +268,7 @@ class FlowPolicy(nn.Module):
         prefix_BHA = torch.zeros(batch, self.spec.horizon, self.spec.action_dim, device=delay_B.device)
         if longest:
             prefix_BHA[:, :max_delay] = self._here(obs[PREFIX]).float()
-        return torch.where(fixed_BH[..., None], prefix_BHA, 0.0), fixed_BH
+        return prefix_BHA, fixed_BH
 
     def _fixed(self, chunk: Chunk) -> Tensor | None:
         """(B, H): the prefix of a chunk that was drawn."""

@@ -20,13 +20,13 @@ DRIVER = """
 import json, logging, sys, time
 from pathlib import Path
 from learner.cluster import LearnerHandle, RestartRule, nodes, start_ray
+from learner.main import LEARNER_TABLES
 from learner.placement import plan
-from tests.learner_toys import make_tables
 logging.basicConfig(level=logging.INFO)
 run = Path(sys.argv[1])
 start_ray(token=run / "keys" / "ray.token", num_cpus=2)
-tables = make_tables(steps=10**6)
-tables["cluster"].ranks = 2
+tables = {name: table() for name, table in LEARNER_TABLES.items()}
+tables["learner"].steps, tables["cluster"].ranks = 10**6, 2
 here = nodes()[0]
 toy = "tests.learner.cluster_toys:pretend_locked"
 learner = LearnerHandle(tables, lambda: plan(nodes(), tables["cluster"], "cpu"), {here.name: run}, function=toy)

@@ -10,10 +10,8 @@ Workers are spawned processes: a script that calls this needs ``if __name__ == "
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
-import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -27,37 +25,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.fragments import RecordedObservation
-from actors.plan import Chunking, Plan, PlannedChunk, Proposal
-from actors.policy_inference import ActingPolicy
+from actors.plan import Chunking
 from actors.robots import make_robot
-from algorithms.policies.registry import build
 from fleet.errors import ConfigError, RobotError
-from fleet.images import encode
-from fleet.robot import Feedback, Observation, Robot
+from fleet.robot import Robot
 from fleet.seeds import HELD_OUT
 from fleet.spec import IMAGE_PREFIX
+from infra.evaluate_episode import Conditions, EpisodeResult, Worker
 from infra.intervals import wilson
 
 _SEEDS_A_JOB = 5
 MAX_STEPS = 2000  # a robot that never ends its episode is ended by us
 Watch = Callable[[int], None]
 """Is told how many episodes are done; what it raises ends the evaluation."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EpisodeResult:
-    """num_held: steps at which the policy had nothing to propose. border_change, other_change: largest change of an action's
-    element from one step to the next, in the action's unit, averaged over the steps that begin another chunk and over all
-    others."""
-
-    task: str
-    seed: int
-    success: bool
-    num_steps: int
-    num_held: int = 0
-    border_change: float = 0.0
-    other_change: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,16 +103,9 @@ def evaluate(
         PolicyError: The policy cannot drive this robot.
         RobotError: The robot cannot be built or driven, or cannot judge success itself.
     """
-    if not tasks or not seeds or not 1 <= execute <= policy.spec.horizon or delay < 0:
-        raise ConfigError(
-            f"evaluation of {len(tasks)} tasks, {len(seeds)} seeds, execute {execute}, delay {delay}",
-            rule=f"at least one task and seed, execute 1 to the horizon {policy.spec.horizon}, delay not negative",
-        )
-    trained_on = [seed for seed in seeds if seed not in HELD_OUT]
-    if trained_on:
-        raise ConfigError(f"seed {trained_on[0]} may have been trained on", rule=f"held-out seeds lie in {HELD_OUT}")
+    _check(len(tasks), seeds, execute, policy.spec.horizon, delay)
     state = {name: tensor.detach().cpu().numpy() for name, tensor in policy.state_dict().items()}
-    how = _How(Chunking(chunking, execute), delay, guidance, sample, max_steps, dict(instructions or {}))
+    how = Conditions(Chunking(chunking, execute), delay, guidance, sample, max_steps, dict(instructions or {}))
     setup = (policy.family, policy.config, state, robot_adapter, dict(robot_settings), how)
     jobs = [
         (task, np.asarray(embedding, np.float32), list(seeds[i : i + _SEEDS_A_JOB]))
@@ -149,102 +122,21 @@ def evaluate(
     return Table(rows, _row("all", episodes), tuple(episodes))
 
 
+def _check(num_tasks: int, seeds: Sequence[int], execute: int, horizon: int, delay: int) -> None:
+    if not num_tasks or not seeds or not 1 <= execute <= horizon or delay < 0:
+        raise ConfigError(
+            f"evaluation of {num_tasks} tasks, {len(seeds)} seeds, execute {execute}, delay {delay}",
+            rule=f"at least one task and seed, execute 1 to the horizon {horizon}, delay not negative",
+        )
+    trained_on = [seed for seed in seeds if seed not in HELD_OUT]
+    if trained_on:
+        raise ConfigError(f"seed {trained_on[0]} may have been trained on", rule=f"held-out seeds lie in {HELD_OUT}")
+
+
 def _row(task: str, episodes: Sequence[EpisodeResult]) -> Row:
     n, num_successes = len(episodes), sum(e.success for e in episodes)
     low, high = wilson(num_successes, n)
     return Row(task, n, num_successes, num_successes / n, low, high, sum(e.num_steps for e in episodes) / n)
-
-
-@dataclasses.dataclass(frozen=True)
-class _How:
-    chunking: Chunking
-    delay: int
-    guidance: float
-    sample: bool
-    max_steps: int
-    instructions: Mapping[str, str]
-
-
-class _Worker:
-    """One policy and one robot, used for many episodes."""
-
-    def __init__(
-        self,
-        family: str,
-        config: Any,
-        state: Mapping[str, np.ndarray],
-        adapter: str,
-        settings: Mapping[str, Any],
-        how: _How,
-    ) -> None:
-        policy = build(family, config)
-        policy.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state.items()})
-        self.robot: Robot = make_robot(adapter, **settings)
-        self._acting = ActingPolicy(
-            policy, self.robot.spec, execute=how.chunking.execute, guidance=how.guidance, sample=how.sample
-        )
-        self._how = how
-
-    def run(self, job: tuple[str, np.ndarray, list[int]]) -> list[EpisodeResult]:
-        task, embedding, seeds = job
-        return [self._episode(task, embedding, seed) for seed in seeds]
-
-    def _episode(self, task: str, embedding: np.ndarray, seed: int) -> EpisodeResult:
-        obs: Observation | None = self.robot.reset(task, seed)
-        plan, changes = Plan(self._how.chunking), _Changes()
-        coming: collections.deque[PlannedChunk] = collections.deque()
-
-        def take(frame: int) -> None:
-            while coming and coming[0].frame_index + self._how.delay <= frame:
-                plan.add(coming.popleft(), frame)
-
-        for frame in itertools.count():
-            take(frame)
-            if plan.due(frame):
-                chunk = self._chunk(frame, obs or self.robot.observe(), task, embedding, plan.prefix(frame), seed)
-                coming.append(chunk)
-                take(frame)
-            proposal = plan.propose(frame)
-            feedback = self.robot.send(self.robot.hold() if proposal is None else proposal.action)
-            obs = None
-            changes.add(feedback, proposal)
-            if feedback.success is None:
-                raise RobotError(f"the robot cannot judge task {task!r}", rule="evaluation needs success from the robot")
-            if feedback.success or feedback.terminated or feedback.truncated or frame + 1 >= self._how.max_steps:
-                return EpisodeResult(task, seed, feedback.success, frame + 1, changes.num_held, *changes.means())
-        raise AssertionError("frames do not end")
-
-    def _chunk(
-        self, frame: int, obs: Observation, task: str, embedding: np.ndarray, prefix_DA: np.ndarray, seed: int
-    ) -> PlannedChunk:
-        features = self.robot.spec.features
-        seen = {name: encode(features[name], np.asarray(obs[name])) for name in self._acting.policy.spec.reads}
-        recorded, text = RecordedObservation(self.robot.spec, seen), self._how.instructions.get(task, "")
-        answer = self._acting(recorded, embedding, prefix_DA, seed * self._how.max_steps + frame, text)
-        return PlannedChunk(frame, frame, 0, answer.actions_HA)
-
-
-class _Changes:
-    """How much actions change from step to step."""
-
-    def __init__(self) -> None:
-        self._last: tuple[int, np.ndarray] | None = None  # chunk and action
-        self._border: list[float] = []
-        self._other: list[float] = []
-        self.num_held = 0
-
-    def add(self, feedback: Feedback, proposal: Proposal | None) -> None:
-        self.num_held += proposal is None
-        chunk_id = -1 if proposal is None else proposal.chunk_id
-        if self._last is not None:
-            change = float(np.abs(feedback.action - self._last[1]).max())
-            (self._other if chunk_id == self._last[0] else self._border).append(change)
-        self._last = chunk_id, np.array(feedback.action)
-
-    def means(self) -> tuple[float, float]:
-        """(at borders of chunks, elsewhere), 0 where there was none."""
-        border, other = (sum(values) / max(len(values), 1) for values in (self._border, self._other))
-        return border, other
 
 
 _process: dict[str, Any] = {}  # of a worker process: its "setup", and its "worker" once the first job has come
@@ -267,13 +159,13 @@ def _end_with_parent() -> None:
 
 def _run_job(job: tuple[str, np.ndarray, list[int]]) -> list[EpisodeResult]:
     if "worker" not in _process:  # not in the initializer: there an error would lose its message
-        _process["worker"] = _Worker(*_process["setup"])
+        _process["worker"] = Worker(*_process["setup"])
     episodes: list[EpisodeResult] = _process["worker"].run(job)
     return episodes
 
 
 def _run_here(setup: tuple[Any, ...], jobs: Sequence[Any]) -> Generator[list[EpisodeResult]]:
-    worker = _Worker(*setup)
+    worker = Worker(*setup)
     try:
         for task, embedding, seeds in jobs:
             for seed in seeds:

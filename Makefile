@@ -13,7 +13,7 @@ RUN ?=
 TESTS ?= tests
 # Many tests wait for other processes, so one worker more than there are cores; a single file stays in one process.
 WORKERS ?= $(shell echo $$(( $$(nproc) < 7 ? $$(nproc) + 1 : 8 )))
-PARALLEL = $(if $(filter tests,$(TESTS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
+PARALLEL = $(if $(filter tests,$(TESTS)),-n $(WORKERS) --max-worker-restart=0 --dist loadfile --no-loadscope-reorder)
 
 .PHONY: help demo test test-full test-lerobot lerobot bench lint clean
 

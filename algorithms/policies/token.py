@@ -45,7 +45,7 @@ class TokenConfig:
     """autoregressive (T small passes), parallel (one pass) or diffusion (``num_rounds`` passes)."""
     codec: str = "bins"
     """bins: a token by step and dimension; dct: a token by frequency and dimension."""
-    num_bins: int = 255
+    num_bins: int = 127
     """V, levels of a token; an odd number has one at the middle of the range."""
     num_frequencies: int = 0
     """Of dct: the lowest so many are kept; 0: half of them. FAST's scale of 10 is about num_bins = 20 sqrt(H)."""
@@ -59,13 +59,13 @@ class TokenConfig:
     """Of parallel: without noise, act gives the expected value of each token, not the likeliest; it records the nearest."""
     blur: float = 0.0
     """Deviation, in tokens, of the target distribution of the imitation loss; 0: the true token alone."""
-    width: int = 256
+    width: int = 128
     """F, of all transformer blocks."""
     num_heads: int = 4
     """Of attention."""
-    encoder_layers: int = 2
+    encoder_layers: int = 1
     """Blocks over the tokens of the observation."""
-    num_layers: int = 3
+    num_layers: int = 2
     """Blocks over the tokens of the action."""
     vision: str = "cnn"
     """See ``EncoderConfig``."""
@@ -129,15 +129,17 @@ class TokenPolicy(nn.Module):
                 obs = {name: value for name, value in obs.items() if name != ADVANTAGE}
             blended = self.advantage is not None and guidance not in (0, 1)
             predict = self._predictor(obs, guidance if blended else None)
-            draw = None if noise is None else noise["draw"].to(self.scale.center_A.device)
-            record = self.decoding.decode(predict, self._temperature, draw)
-            tokens_BT, log_prob_BT = self.decoding.tokens(record), None
-            if noise is not None and not blended:
-                log_prob_BT = self.decoding.log_prob(predict, self._temperature, record)
+            log_prob_BT = None
             if noise is None and self._soft:
                 chance_BTV = predict(predict.nothing()).softmax(-1)
-                tokens_BT = chance_BTV @ torch.arange(self.codec.vocabulary, device=record.device).float()
+                tokens_BT = chance_BTV @ torch.arange(self.codec.vocabulary, device=chance_BTV.device).float()
                 record = tokens_BT.round()
+            else:
+                draw = None if noise is None else noise["draw"].to(self.scale.center_A.device)
+                record = self.decoding.decode(predict, self._temperature, draw)
+                tokens_BT = self.decoding.tokens(record)
+                if noise is not None and not blended:
+                    log_prob_BT = self.decoding.log_prob(predict, self._temperature, record)
             actions_BHA = self.scale.restore(self.codec.decode(tokens_BT))
         return Chunk(actions_BHA, log_prob_BT, {self.decoding.record_name: record.int()})
 

@@ -253,22 +253,23 @@ class FlowPolicy(nn.Module):
     def _prefix(self, obs: Mapping[str, Tensor], batch: int) -> tuple[Tensor | None, Tensor | None]:
         """The prefix (B, H, A), robot's units, and where it counts (B, H); None where there cannot be one."""
         max_delay, shape = self.spec.max_delay, (batch, self.spec.max_delay, self.spec.action_dim)
-        delay_B = self._here(torch.as_tensor(obs.get(DELAY, torch.zeros(batch)))).long()
-        longest = int(delay_B.max())
-        if longest > max_delay or int(delay_B.min()) < 0 or (longest > 0 and obs.get(PREFIX, delay_B).shape != shape):
+        delay_B, most = torch.zeros(batch), 0
+        if DELAY in obs:  # a copy from the device, which chunks without a prefix do not wait for
+            delay_B = obs[DELAY]
+            least, most = int(delay_B.min()), int(delay_B.max())
             seen = tuple(obs[PREFIX].shape) if PREFIX in obs else None
-            raise PolicyError(
-                f"{DELAY!r} is {longest}, {PREFIX!r} has shape {seen}",
-                rule=f"at most {max_delay} actions (max_delay) of a prefix count, and it has shape {shape}",
-                remedy="train with a larger max_delay" if longest > max_delay else "",
-            )
+            if least < 0 or most > max_delay or (most > 0 and seen != shape):
+                raise PolicyError(
+                    f"{DELAY!r} is {most if least >= 0 else least}, {PREFIX!r} has shape {seen}",
+                    rule=f"0 to {max_delay} actions (max_delay) of a prefix count, and it has shape {shape}",
+                    remedy="train with a larger max_delay" if most > max_delay else "",
+                )
         if not max_delay:
             return None, None
-        fixed_BH = torch.arange(self.spec.horizon, device=delay_B.device) < delay_B[:, None]
-        prefix_BHA = torch.zeros(batch, self.spec.horizon, self.spec.action_dim, device=delay_B.device)
-        if longest:
-            prefix_BHA[:, :max_delay] = self._here(obs[PREFIX]).float()
-        return prefix_BHA, fixed_BH
+        prefix_BHA = torch.zeros(batch, self.spec.horizon, self.spec.action_dim, device=self.start_HA.device)
+        if most:
+            prefix_BHA[:, :max_delay] = self._here(obs[PREFIX])
+        return prefix_BHA, torch.arange(self.spec.horizon, device=prefix_BHA.device) < self._here(delay_B)[:, None]
 
     def _fixed(self, chunk: Chunk) -> Tensor | None:
         """(B, H): the prefix of a chunk that was drawn."""

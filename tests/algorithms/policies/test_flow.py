@@ -250,7 +250,7 @@ def test_the_loss_behind_a_prefix():
     ("changes", "said"),
     [
         ({DELAY: torch.tensor([0, 1, 2, 3, 0])}, "'delay' is 3"),
-        ({DELAY: torch.tensor([0, -1, 0, 0, 0])}, "at most 2"),
+        ({DELAY: torch.tensor([0, -1, 0, 0, 0])}, "'delay' is -1"),
         ({DELAY: torch.ones(B).long(), PREFIX: None}, "'action_prefix' has shape None"),
         ({DELAY: torch.ones(B).long(), PREFIX: torch.zeros(B, 3, 3)}, r"\(5, 3, 3\)"),
     ],

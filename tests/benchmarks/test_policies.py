@@ -56,6 +56,6 @@ def test_a_family_goes_the_whole_way_and_one_that_cannot_says_why(tmp_path):
     assert make_demonstrations(tmp_path / "demonstrations", {}, 0).run_id == demonstrations.run_id  # taken as it is
     cases = [Case("mlp", "mlp", batch_size=16, steps=5), Case("odd", "mlp", {"width": 0})]
     done, odd = learn(demonstrations, cases, tmp_path, seeds=1, episodes=1, first_start=0, workers=2)
-    assert done.rows[-1][:2] == ("all", 1) and done.train_s > 0 and len(done.inference_ms) > 0
+    assert list(done.rows[-1][:2]) == ["all", 1] and done.train_s > 0 and len(done.inference_ms) > 0
     assert done.parameters == 159_780
     assert "width" in odd.why and not odd.rows

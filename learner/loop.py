@@ -20,7 +20,7 @@ from torch import Tensor
 
 from algorithms.base import Algorithm
 from fleet.batch import Windows
-from fleet.errors import LearnerError
+from fleet.errors import LearnerError, PolicyError
 from fleet.robot import SOURCE_NAMES
 from learner.agree import require_equal
 from learner.background import Fact
@@ -122,11 +122,12 @@ class Loop:
         try:
             engine.load_weights(state["parts"])
             algorithm.load_state_dict(state["algorithm"])
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError, PolicyError) as error:
             if is_short(error):
                 raise
+            said = error.what if isinstance(error, PolicyError) else error
             raise LearnerError(
-                f"the checkpoint of step {checkpoint.step} does not fit: {error}"[:500], rule="same modules, same shapes"
+                f"the checkpoint of step {checkpoint.step} does not fit: {said}"[:500], rule="same modules, same shapes"
             ) from None
         engine.load_state(state["optimizers"])
         self._require_equal()

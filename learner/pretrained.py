@@ -1,7 +1,9 @@
 """Policies outside of the run that trains them: a release of any run, or a folder of its own.
 
-FOLDER/policy.json          what a release's manifest says of its policy, and where it comes from
-FOLDER/model.safetensors    its weights and statistics, without frozen modules
+    FOLDER/policy.json          what a release's manifest says of its policy, and where it comes from
+    FOLDER/model.safetensors    its weights and statistics, without frozen modules
+
+Families of other projects read and write their own form: ``from_pretrained`` and ``export`` of the policy's class.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from algorithms.policies.registry import build
 from buffer.ingest import Ingest
 from buffer.log import Log
 from fleet.batch import BatchNeeds
-from fleet.errors import LearnerError, PolicyError
+from fleet.errors import LearnerError, NoData, PolicyError
 from fleet.robot import Source
 from fleet.server.releases import ReleaseStore
 from fleet.spec import Feature, RobotSpec
@@ -179,5 +179,7 @@ def test_data_that_is_not_finite_is_refused_by_name():
         fitted(Rows(np.zeros((3, 3))), Pretended(Rows(values)))
 
 
-def test_policies_that_do_not_normalise_need_no_data():
+def test_only_policies_that_normalise_need_data():
     fit_statistics(torch.nn.Linear(1, 1), MemorySource(0), Ranks(RankPlace()))
+    with pytest.raises(NoData):
+        fit_statistics(Normalised(), MemorySource(0), Ranks(RankPlace()))

@@ -103,8 +103,8 @@ def test_what_does_not_fit_is_refused_with_both_sides(first, table, specs, instr
 
 
 def test_same_settings_said_again_are_no_contradiction(first):
-    begin(first.path, family="mlp", config={"width": 16, "reads": ["observation.state"]})
-    begin(first.path, config={"reads": {"observation.state": (3,)}})
+    for config in ({"width": 16, "reads": ["observation.state"]}, {"reads": {"observation.state": (3,)}}):
+        assert begin(first.path, family="mlp", config=config)[1] == begin(first.path)[1]
 
 
 def test_a_checkpoint_with_a_camera_does_not_fit_robots_without(tmp_path):

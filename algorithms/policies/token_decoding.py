@@ -107,7 +107,7 @@ class Diffusion:
     place drawn twice counts both. For other weights theta' than those that acted, it is the density of the tokens in the
     recorded order: E_behaviour[ratio] = 1 for every theta', since each factor has the mean 1 given the past. It is no density
     of theta' choosing its own order: orders that theta' would prefer are not weighed, and the gradient leaves out how the order
-    depends on the weights. Where ratios stay near 1 (GRPO's clip) the order hardly changes.
+    depends on the weights. Close weights choose the same order but where two places are about equally sure.
 
     Another difference from Discrete Diffusion VLA: it masks again by thresholds on a token's present confidence; a pass with
     the token visible was not trained to give one, and the number would depend on the row.

@@ -50,6 +50,8 @@ class ActorConfig:
     """Classifier-free guidance by the condition "advantage": 0 leaves it out, 1 takes it as given, above 1 exaggerates it."""
     sample: bool = False
     """Whether chunks are drawn from the policy, with their log-probabilities recorded; False: its one best chunk."""
+    device: str = "cpu"
+    """Where the policy runs, by torch's name: cpu, cuda, cuda:1."""
     realtime: bool = True
     """False: as fast as simulator and policy allow."""
     chunk_deadline: float = 0.7

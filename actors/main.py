@@ -74,6 +74,7 @@ class Actor:
             execute=self.config.execute,
             guidance=self.config.guidance,
             sample=self.config.sample,
+            device=self.config.device,
         )
         self.uplink = Uplink(self.link, self.spool, self.spec, self.mailbox, self._welcome, self._metrics)
         self.cuts: queue.Queue[Any] = queue.Queue(MAX_QUEUED_CUTS)

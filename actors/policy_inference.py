@@ -33,12 +33,23 @@ class ActingPolicy:
         execute: Actions that will be used of each chunk.
         guidance: See ``Policy.act``.
         sample: Draws chunks; else each is the policy's one best.
+        device: Where it runs, by torch's name; the policy is moved there.
 
     Raises:
-        PolicyError: The policy cannot drive this robot: features, action bounds or horizon do not fit.
+        PolicyError: The policy cannot drive this robot: features, action bounds or horizon do not fit. Or there is no such
+            device.
     """
 
-    def __init__(self, policy: Any, spec: RobotSpec, *, execute: int = 1, guidance: float = 1.0, sample: bool = False) -> None:
+    def __init__(
+        self,
+        policy: Any,
+        spec: RobotSpec,
+        *,
+        execute: int = 1,
+        guidance: float = 1.0,
+        sample: bool = False,
+        device: str = "cpu",
+    ) -> None:
         from algorithms.policies.normalise import ActionScale
 
         policy.spec.check_robot(spec)
@@ -51,7 +62,10 @@ class ActingPolicy:
                 rule=f"at least the {execute} that are executed of each chunk, at most {MAX_HORIZON}",
                 remedy="set actor.execute to at most the horizon",
             )
-        self.policy, self.spec = policy.eval(), spec
+        try:
+            self.policy, self.spec, self.device = policy.eval().to(device), spec, device
+        except (RuntimeError, AssertionError) as error:
+            raise PolicyError(f"actor.device = {device!r}: {error}"[:300], rule="a device that torch has here") from None
         self.guidance, self.sample = guidance, sample
         self.num_short_prefixes = 0  # requests that came with more actions than the policy can continue
 
@@ -84,6 +98,7 @@ class ActingPolicy:
         batch = {name: torch.from_numpy(self._finite(name, obs[name]))[None] for name in spec.reads}
         batch |= acting_conditions(spec, torch.from_numpy(np.asarray(embedding, np.float32)), instruction)
         batch |= self._prefix(prefix_DA)
+        batch = {name: value.to(self.device) for name, value in batch.items()}
         noise = self.policy.noise(1, torch.Generator().manual_seed(seed)) if self.sample else None
         with torch.inference_mode():
             chunk = self.policy.act(batch, noise, self.guidance)

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class PolicyRunner:
     Args:
         embeddings: Instruction embedding (E,) by task.
         stream: Who draws: the robot's id and boot. What is drawn is a function of it and of the chunk's id.
-        execute, guidance, sample: See ``actors.policy_inference.ActingPolicy``.
+        execute, guidance, sample, device: See ``actors.policy_inference.ActingPolicy``.
         num_threads: torch's threads; 1 keeps a small policy from waking every core each tick.
     """
 
@@ -43,10 +43,11 @@ class PolicyRunner:
         execute: int = 1,
         guidance: float = 1.0,
         sample: bool = False,
+        device: str = "cpu",
         num_threads: int = 1,
     ) -> None:
         self.spec, self.stream, self.num_threads = spec, stream, num_threads
-        self._execute, self._guidance, self._sample = execute, guidance, sample
+        self._settings: dict[str, Any] = {"execute": execute, "guidance": guidance, "sample": sample, "device": device}
         self.set_embeddings(embeddings)
         self._loaded: tuple[int, ActingPolicy] | None = None
         self._next_chunk = 0
@@ -80,7 +81,7 @@ class PolicyRunner:
         torch.set_num_threads(self.num_threads)
         policy = rebuild(manifest.policy)
         load_published(policy, load(safetensors))
-        acting = ActingPolicy(policy, self.spec, execute=self._execute, guidance=self._guidance, sample=self._sample)
+        acting = ActingPolicy(policy, self.spec, **self._settings)
         acting.self_test(next(iter(self._embeddings.values()), None))
         self._loaded = (manifest.version, acting)
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from actors.config import ActorConfig
 from actors.policy_runner import PolicyRunner
 from actors.robots.toy import ToyRobot
 from algorithms.policies.registry import build
-from fleet.errors import PolicyError
+from fleet.errors import ConfigError, PolicyError
 from fleet.releases import Manifest
 from tests.actors.odd_policies import Jumpy
 
@@ -148,3 +149,18 @@ def test_a_prefix_longer_than_the_policy_can_continue_is_said_once(caplog):
     for actions_HA in (whole, *others):
         np.testing.assert_array_equal(actions_HA[:2], prefix_DA[:2])
     assert len(caplog.records) == 1 and "the 2 ticks that release 1" in caplog.text
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(PolicyError, match=rf"actor\.device = '{device}'"):
+        PolicyRunner(ToyRobot().spec, EMBEDDINGS, device=device).load(*release())
+
+
+@pytest.mark.parametrize("wrong", [{"guidance": 2.0}, {"chunking": "ensemble"}])
+def test_only_what_has_the_policys_density_is_drawn(wrong):
+    ActorConfig(sample=True).check()
+    with pytest.raises(ConfigError, match="sample = True"):
+        ActorConfig(sample=True, **wrong).check()
+    with pytest.raises(ConfigError, match="chunking = 'rtc'"):
+        ActorConfig(chunking="rtc").check()

@@ -5,7 +5,6 @@ import queue
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import save
 
 from actors.config import ActorConfig, OperatorConfig, RobotConfig
@@ -77,6 +76,3 @@ def test_a_policy_that_needs_longer_than_its_chunks_last_is_held_at_full_rate():
     assert len(held(steps)) > NUM_STEPS * 0.7
     frames = [c["frame_index"] for c in chunks]
     assert max(np.diff(frames)) <= 8  # asked for anew as soon as it answered, with no queue behind
-
-
-torch.set_num_threads(1)

@@ -51,21 +51,20 @@ class Case:
         return dataclasses.replace(self, steps=max(2, int(self.steps * share)))
 
 
-SMALL_TOKENS = {"width": 128, "num_layers": 2, "encoder_layers": 1, "num_bins": 65}  # an update of 0.1 s on one core
 GRIPPER_AND_CAMERA = {"reads": list(IMAGE_READS), "select": GRIPPER}
 
 STATE_CASES = (
     Case("mlp", "mlp", batch_size=256, steps=4000),
     Case("flow", "flow"),
-    Case("token, parallel", "token", {**SMALL_TOKENS, "decoding": "parallel"}),
-    Case("token, autoregressive", "token", {**SMALL_TOKENS, "decoding": "autoregressive"}, steps=2000),
-    Case("token, autoregressive, dct", "token", {**SMALL_TOKENS, "decoding": "autoregressive", "codec": "dct"}),
-    Case("token, diffusion", "token", {**SMALL_TOKENS, "decoding": "diffusion"}),
+    Case("token, parallel", "token", {"decoding": "parallel"}),
+    Case("token, autoregressive", "token", {"decoding": "autoregressive"}, steps=2000),
+    Case("token, autoregressive, dct", "token", {"decoding": "autoregressive", "codec": "dct"}),
+    Case("token, diffusion", "token", {"decoding": "diffusion"}),
 )
 IMAGE_CASES = (
     Case("cnn", "cnn", GRIPPER_AND_CAMERA, batch_size=64, steps=1500),
     Case("small_vla", "small_vla", GRIPPER_AND_CAMERA, batch_size=32, learning_rate=5e-4, steps=1000),
-    Case("token with images", "token", {**SMALL_TOKENS, **GRIPPER_AND_CAMERA}, batch_size=32, steps=1500),
+    Case("token with images", "token", GRIPPER_AND_CAMERA, batch_size=32, steps=1500),
 )
 
 CHUNK_TASKS = ("push-v3", "door-open-v3")

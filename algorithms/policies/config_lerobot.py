@@ -43,9 +43,11 @@ def make_config(config: Any) -> Any:
     fields["output_features"] = {ACTION: {"type": "ACTION", "shape": [config.action_dim]}}
     try:
         made = draccus.decode(cls, fields)
-    except (ValueError, TypeError, NotImplementedError, draccus.utils.DecodingError) as error:
+    except (ValueError, TypeError, NotImplementedError, draccus.utils.DecodingError, draccus.utils.ParsingError) as error:
+        rule_of_kind = isinstance(error, draccus.utils.ParsingError) and error.__cause__
+        said = str(rule_of_kind or error).splitlines()[0]
         raise PolicyError(
-            f"policy.config.policy for {config.kind!r}: {str(error).splitlines()[0]}", rule="LeRobot's own rules for its fields"
+            f"policy.config.policy for {config.kind!r}: {said}", rule="LeRobot's own rules for its fields"
         ) from None
     kind.check(made)
     return made

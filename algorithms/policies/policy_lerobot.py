@@ -81,12 +81,13 @@ class LerobotPolicy(nn.Module):
         conditions = {TEXT: (NUM_BYTES,)} if self._kind.reads_text else {}
         self.spec = PolicySpec(reads, conditions, config.action_dim, horizon)
         self._processors = Processors(theirs, self.spec, config.rename)
+        self.lacks_statistics: list[str] = []  # features for which a checkpoint has none that fit
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.lerobot = _construct(theirs)
             if config.pretrained:
                 load_weights(self.lerobot, config.pretrained)
-                self._processors.load_statistics(read_statistics(theirs, config.pretrained))
+                self.lacks_statistics = self._processors.load_statistics(read_statistics(theirs, config.pretrained))
             if config.lora:
                 add_lora(self.lerobot, config.lora)
             start = self._kind.start_shape(theirs)
@@ -124,6 +125,7 @@ class LerobotPolicy(nn.Module):
     def set_statistics(self, statistics: Mapping[str, Statistics]) -> None:
         """Of vector features and of "action". Images have fixed ones."""
         self._processors.set_statistics(statistics)
+        self.lacks_statistics = []
 
     def noise(self, batch_size: int, generator: torch.Generator | None) -> dict[str, Tensor]:
         """What the kind draws (kinds_lerobot.py), and how images are moved."""

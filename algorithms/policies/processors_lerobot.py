@@ -70,8 +70,8 @@ class Processors(nn.Module):
         lacking = set()
         for buffer, (feature, statistic) in self._kept.items():
             value, own = found.get(f"{feature}.{statistic}"), getattr(self, buffer)
-            if value is not None and value.numel() == own.numel():
-                own.copy_(value.reshape(own.shape))
+            if value is not None and value.shape == own.shape:
+                own.copy_(value)
             elif own.dim() == 1:  # images have a mean and deviation that fits them all
                 lacking.add(feature)
         return sorted(lacking)

@@ -9,7 +9,8 @@ from typing import Any
 
 CAMERA, WRIST = "observation.images.front", "observation.images.wrist"
 READS = {"observation.state": [6], CAMERA: [32, 40, 3]}
-A, H = 3, 8
+VECTORS = {"observation.state": [6], "observation.environment_state": [4]}
+A, H, B = 3, 4, 3
 
 
 @functools.cache
@@ -89,4 +90,24 @@ def tiny(kind: str, **more: Any) -> dict[str, Any]:
     if kind == "smolvla":
         policy["vlm_model_name"] = vlm_folder()
     policy = {**policy, **more.pop("policy", {})}
-    return {"reads": READS, "action_dim": A, "kind": kind, "policy": policy, **more}
+    return {"reads": READS, "action_dim": A, **more, "kind": kind, "policy": policy}
+
+
+def observed(spec: Any, seed: int = 2) -> dict[str, Any]:
+    """A batch of B observations by our names, with texts of several lengths."""
+    from tests.algorithms.policies.cases import observe
+
+    return observe(spec, B, seed)
+
+
+def lerobot_batch(obs: dict[str, Any]) -> dict[str, Any]:
+    """The same as a batch of LeRobot's datasets: images (B, channels, height, width) in [0, 1], the task as a text."""
+    from algorithms.policies.text import texts_in
+
+    batch: dict[str, Any] = {}
+    for name, value in obs.items():
+        if name == "instruction_text":
+            batch["task"] = texts_in(value)
+        else:
+            batch[name] = value.permute(0, 3, 1, 2).float() / 255 if value.dim() == 4 else value
+    return batch

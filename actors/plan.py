@@ -3,7 +3,7 @@
 A chunk of H actions is computed from the observation of one frame; its action i is meant for i frames later, and is used
 then or never. Three ways to go from one chunk to the next (``Chunking.mode``):
 
-    execute    after ``execute`` actions the next chunk is asked for; while it is late, the rest of the old one goes on
+    execute    the next chunk is asked for ``execute`` frames after the last one; while it is late, the old one goes on
     ensemble   the same, and what several chunks say of one frame is averaged (temporal ensembling, ACT, arXiv 2304.13705)
     async      the next chunk is asked for so early that it is there when ``execute`` actions of the old one are used: its lead
                is the largest delay of the last chunks. What the old one does meanwhile goes with the request, for policies

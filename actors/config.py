@@ -42,9 +42,9 @@ class ActorConfig:
     execute: int = 4
     """Actions used of each chunk before the next one takes over, at most the policy's horizon."""
     chunking: str = "execute"
-    """``execute``: a chunk is asked for every ``execute`` ticks, and its tick waits for it. ``async``: so early that it is there
-    when ``execute`` actions of the last one are used, for policies that need longer than a tick; no tick waits. ``ensemble``:
-    as execute, and what several chunks say of one tick is averaged."""
+    """``execute``: a chunk is asked for every ``execute`` ticks, and its tick waits for it. ``async``: so early that it is
+    there when ``execute`` actions of the last one are used, for policies that need longer than a tick; no tick waits.
+    ``ensemble``: as execute, and what several chunks say of one tick is averaged."""
     ensemble_decay: float = 0.01
     """m of the weights exp(-m i) of ``ensemble``, i = 0 being the oldest chunk."""
     guidance: float = 1.0

@@ -95,7 +95,7 @@ def test_an_overflow_in_bfloat16_names_the_action_and_the_way_out(tmp_path):
 
 
 class Root(nn.Module):
-    """A loss that is finite where its gradient is not: the root of zero."""
+    """A loss that is finite where its gradient is not: the root of a square at zero."""
 
     def __init__(self):
         super().__init__()
@@ -109,10 +109,10 @@ def test_a_gradient_alone_names_its_parameter_before_clipping_spreads_it():
     algorithm = dataclasses.make_dataclass("Algorithm", ["parts", "frozen", "needs"])(parts, {}, needs)
 
     def loss(part, micro):
-        loss_B = torch.ones(4) * (module.root.sqrt().sum() + module.fine.sum())
+        loss_B = torch.ones(4) * (module.root.square().sqrt().sum() + module.fine.sum())
         return LossOutput(loss_B.sum(), torch.tensor(4.0), loss_B.detach(), {})
 
     engine = make_engine(EngineConfig(max_grad_norm=1.0), algorithm, CPU, ALONE)
-    with pytest.raises(LearnerError, match=r"loss 2\.0 and gradient norm inf: gradients are not finite in root") as caught:
+    with pytest.raises(LearnerError, match=r"loss 2\.0 and gradient norm nan: gradients are not finite in root") as caught:
         engine.update("policy", loss, batch())
     assert "fine" not in caught.value.what and torch.equal(module.fine, torch.ones(2))

@@ -24,7 +24,7 @@ class Case:
         name: In the table.
         family: Of the registry.
         config: ``policy.config`` but for the horizon.
-        batch_size, learning_rate: Of behaviour cloning.
+        batch_size, learning_rate, ema_decay: Of behaviour cloning.
         steps: Updates.
     """
 
@@ -33,13 +33,19 @@ class Case:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     batch_size: int = 128
     learning_rate: float = 1e-3
-    steps: int = 3000
+    ema_decay: float = 0.995
+    steps: int = 4000
 
     def settings(self, seed: int) -> dict[str, dict[str, Any]]:
         """The learner's tables; the newest weights are published once, at the end."""
         never = 10**9
         learner = {"steps": self.steps, "start_steps": 0, "seed": seed, "device": "cpu", "metrics_port": -1}
-        algorithm = {"seed": seed, "batch_size": self.batch_size, "learning_rate": self.learning_rate}
+        algorithm = {
+            "seed": seed,
+            "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+            "ema_decay": self.ema_decay,
+        }
         return {
             "learner": {**learner, "min_size_to_sample": 1, "publish_every": never, "checkpoint_every": never},
             "policy": {"family": self.family, "config": {"horizon": HORIZON, **self.config}},
@@ -53,13 +59,14 @@ class Case:
 
 GRIPPER_AND_CAMERA = {"reads": list(IMAGE_READS), "select": GRIPPER}
 
+LONG = 0.998  # average of transformers, whose losses draw noise
 STATE_CASES = (
-    Case("mlp", "mlp", batch_size=256, steps=4000),
-    Case("flow", "flow"),
-    Case("token, parallel", "token", {"decoding": "parallel"}),
-    Case("token, autoregressive", "token", {"decoding": "autoregressive"}, steps=2000),
-    Case("token, autoregressive, dct", "token", {"decoding": "autoregressive", "codec": "dct"}),
-    Case("token, diffusion", "token", {"decoding": "diffusion"}),
+    Case("mlp", "mlp", batch_size=256),
+    Case("flow", "flow", ema_decay=LONG),
+    Case("token, parallel", "token", {"decoding": "parallel"}, ema_decay=LONG),
+    Case("token, autoregressive", "token", {"decoding": "autoregressive"}, ema_decay=LONG, steps=3000),
+    Case("token, autoregressive, dct", "token", {"decoding": "autoregressive", "codec": "dct"}, ema_decay=LONG),
+    Case("token, diffusion", "token", {"decoding": "diffusion"}, ema_decay=LONG),
 )
 IMAGE_CASES = (
     Case("cnn", "cnn", GRIPPER_AND_CAMERA, batch_size=64, steps=1500),
@@ -69,6 +76,6 @@ IMAGE_CASES = (
 
 CHUNK_TASKS = ("push-v3", "door-open-v3")
 CHUNK_CASES = (  # of the part "latency": chunks long enough for what comes late
-    Case("flow", "flow", {"horizon": 16}, steps=2000),
-    Case("flow trained for delays", "flow", {"horizon": 16, "max_delay": 4}, steps=2000),
+    Case("flow", "flow", {"horizon": 16}, ema_decay=LONG, steps=2000),
+    Case("flow trained for delays", "flow", {"horizon": 16, "max_delay": 4}, ema_decay=LONG, steps=2000),
 )

@@ -137,6 +137,13 @@ def check_fits(policy: Any, specs: list[RobotSpec], instruction_dim: int, *, nor
     Raises:
         PolicyError: Names the feature or condition and both sides.
     """
+    lacking = getattr(policy, "lacks_statistics", []) if normalised else []
+    if lacking:
+        raise PolicyError(
+            f"the pretrained policy has no statistics that fit {lacking}",
+            rule="it normalises what it reads and writes",
+            remedy="policy.statistics=fit takes them from this run's data",
+        )
     for spec in specs:
         policy.spec.check_robot(spec)
         for module in policy.modules() if normalised else ():

@@ -32,12 +32,13 @@ def make_config(config: Any) -> Any:
     kind = kind_of(config.kind)
     cls = config_class(config.kind)
     known = {field.name for field in dataclasses.fields(cls)} - OURS
-    for name in config.policy:
+    given = {**config.checkpoint, **config.policy}
+    for name in given:
         if name not in known:
             raise PolicyError(f"setting {name!r} of policy.config.policy is unknown", remedy=nearest(name, known))
     features = {name: {"type": kind_, "shape": list(shape)} for name, (kind_, shape) in features_of(config).items()}
-    fields = {**kind.defaults, **config.policy}
-    if "n_action_steps" not in config.policy:  # LeRobot executes so many of a chunk, and wants no more than there are
+    fields = {**kind.defaults, **given}
+    if "n_action_steps" not in given:  # LeRobot executes so many of a chunk, and wants no more than there are
         fields["n_action_steps"] = fields.get(kind.length, getattr(cls, kind.length))
     fields |= {"input_features": features, "device": "cpu"}
     fields["output_features"] = {ACTION: {"type": "ACTION", "shape": [config.action_dim]}}

@@ -46,6 +46,8 @@ class LerobotConfig:
     """``act``, ``diffusion``, ``smolvla``, ``pi0`` or ``pi05``."""
     policy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of LeRobot's configuration of that kind; ``Kind.defaults`` in kinds_lerobot.py says where our defaults differ."""
+    checkpoint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The same fields as a checkpoint has them, filled in by ``from_pretrained``; ``policy`` wins."""
     rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """LeRobot's name of a feature by ours, where a checkpoint has other ones."""
     pretrained: str = ""
@@ -109,7 +111,7 @@ class LerobotPolicy(nn.Module):
         kind, fields, features = read_checkpoint(where)
         if config.get("kind", kind) != kind:
             raise PolicyError(f"{where} is a checkpoint of {kind!r}", rule=f"policy.config.kind is {config['kind']!r}")
-        whole = {**config, "kind": kind, "policy": {**fields, **config.get("policy", {})}, "pretrained": str(where)}
+        whole = {**config, "kind": kind, "checkpoint": fields, "pretrained": str(where)}
         same_features(where, KINDS[kind], features, whole)
         policy: LerobotPolicy = build("lerobot", whole)
         if not policy.frozen:  # a release holds all of it: robots do not need the checkpoint

@@ -160,6 +160,7 @@ def test_the_camera_is_seen_and_may_be_all_there_is():
     torch.manual_seed(0)
     for reads in (CAMERAS["reads"], {CAMERA: [32, 32, 3]}):
         policy = build("cnn", {**CAMERAS, "reads": reads})
+        assert policy.cameras is True  # a run file that does not list what it reads means all cameras
         obs = cases.observe(policy.spec)
         seen = policy.act({**obs, CAMERA: 255 - obs[CAMERA]}).actions_BHA
         assert (seen - policy.act(obs).actions_BHA).abs().amax((1, 2)).min() > 1e-3

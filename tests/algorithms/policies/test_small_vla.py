@@ -15,6 +15,7 @@ def test_it_has_5_to_25_million_parameters_all_trained():
     assert 5e6 < sum(p.numel() for p in policy.parameters() if p.requires_grad) < 9e6
     assert policy.spec.horizon == 8 and policy.encoder.place_NF.shape[0] == 2 + 36  # state, instruction, 6 x 6 of the image
     assert not getattr(policy, "frozen", ())
+    assert policy.cameras is True  # a run file that does not list what it reads means all cameras
 
 
 def test_it_sees_the_images_the_instruction_and_of_the_state_what_it_may():

@@ -31,10 +31,10 @@ test-full: lint  ## the same at the counts that the claims state
 	@echo "tests (FLEET_TEST_SCALE=10)"
 	FLEET_TEST_SCALE=10 $(PY) -m pytest -q $(PARALLEL) --durations=30 --timeout=1200 $(TESTS)
 
-lerobot: $(LEROBOT)/.ready-lerobot  ## an environment with lerobot, for fleet data import and export (Python 3.12 or newer)
+lerobot: $(LEROBOT)/.ready-lerobot  ## an environment with lerobot, for its policies, and fleet data import and export (Python 3.12 or newer)
 	@echo "use $(LEROBOT)/bin/fleet data import | export"
 
-test-lerobot: $(LEROBOT)/.ready-lerobot  ## import and export tried with lerobot itself (Python 3.12 or newer)
+test-lerobot: $(LEROBOT)/.ready-lerobot  ## policies, import and export tried with lerobot itself (Python 3.12 or newer)
 	@echo "tests with lerobot"
 	$(LEROBOT)/bin/python -m pytest -q --durations=5 tests/lerobot
 

@@ -45,8 +45,8 @@ def make_config(config: Any) -> Any:
     try:
         made = draccus.decode(cls, fields)
     except (ValueError, TypeError, NotImplementedError, draccus.utils.DecodingError, draccus.utils.ParsingError) as error:
-        rule_of_kind = isinstance(error, draccus.utils.ParsingError) and error.__cause__
-        said = str(rule_of_kind or error).splitlines()[0]
+        names_field = isinstance(error, draccus.utils.DecodingError)  # else what the configuration said lies beneath
+        said = str(error if names_field else error.__cause__ or error).splitlines()[0]
         raise PolicyError(
             f"policy.config.policy for {config.kind!r}: {said}", rule="LeRobot's own rules for its fields"
         ) from None

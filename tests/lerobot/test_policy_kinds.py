@@ -11,6 +11,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from algorithms.base import generator
 from algorithms.policies.base import Chunk
 from algorithms.policies.kinds_lerobot import KINDS
+from algorithms.policies.processors_lerobot import as_numpy
 from algorithms.policies.registry import build
 from algorithms.policies.statistics import Statistics
 from algorithms.policies.text import texts_in
@@ -33,9 +34,7 @@ def test_actions_are_those_of_lerobots_own_pipeline(kind):
     policy = made(kind)
     obs, drawn = observed(policy.spec), policy.noise(B, generator(1, 0))
     theirs = policy.lerobot
-    stats = {
-        name: {key: value.numpy() for key, value in inner.items()} for name, inner in policy._processors.statistics().items()
-    }
+    stats = as_numpy(policy._processors.statistics())
     before, after = make_pre_post_processors(theirs.config, dataset_stats=stats)
     batch = before(lerobot_batch(obs))
     if kind == "diffusion":
@@ -46,18 +45,19 @@ def test_actions_are_those_of_lerobots_own_pipeline(kind):
     assert expected_BHA.std() > 0.01
 
 
+@pytest.mark.parametrize("num_valid", [H, 2])
 @pytest.mark.parametrize("kind", KIND_NAMES)
-def test_the_loss_is_lerobots_forward(kind, monkeypatch):
-    """Where every action is valid and LeRobot draws what we drew, the mean of our rows is its loss."""
-    policy = made(kind, policy={"kl_weight": 0.5} if kind == "act" else {})
-    theirs, drawn, obs = policy.lerobot, policy.noise(B, generator(2, 0)), observed(policy.spec)
-    actions_BHA = torch.randn(B, H, A, generator=generator(3, 0))
-    stats = {
-        name: {key: value.numpy() for key, value in inner.items()} for name, inner in policy._processors.statistics().items()
-    }
+def test_the_loss_is_lerobots_forward(kind, num_valid, monkeypatch):
+    """Where LeRobot draws what we drew, our loss of a row is its loss of a batch of that row."""
+    settings = {"act": {"kl_weight": 0.5}, "diffusion": {"do_mask_loss_for_padding": True}}
+    policy = made(kind, policy=settings.get(kind, {}))
+    theirs, obs = policy.lerobot, {name: value[:1] for name, value in observed(policy.spec).items()}
+    drawn, valid_BH = policy.noise(1, generator(2, 0)), torch.arange(H)[None] < num_valid
+    actions_BHA = torch.randn(1, H, A, generator=generator(3, 0)) * valid_BH[..., None]
+    stats = as_numpy(policy._processors.statistics())
     batch = make_pre_post_processors(theirs.config, dataset_stats=stats)[0]({**lerobot_batch(obs), "action": actions_BHA})
-    batch["action_is_pad"] = torch.zeros(B, H, dtype=torch.bool)
-    loss_B = policy.imitation_loss(obs, Chunk(actions_BHA), torch.ones(B, H), drawn)
+    batch["action_is_pad"] = ~valid_BH
+    loss_B = policy.imitation_loss(obs, Chunk(actions_BHA), valid_BH.float(), drawn)
     if kind == "act":
         monkeypatch.setattr(torch, "randn_like", lambda value: drawn["latent"])
         expected = theirs.train()(batch)[0]

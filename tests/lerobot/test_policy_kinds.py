@@ -82,6 +82,19 @@ def test_padded_rows_count_as_lerobot_counts_them():
     assert (expected_B > 0).tolist() == [True, True, False]
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("act", {"dropout": 0.5}), ("diffusion", {"use_group_norm": False, "crop_shape": [30, 38], "crop_is_random": True})],
+)
+def test_training_draws_nothing_but_its_noise(kind, settings):
+    """No dropout, no random crops, no batch statistics, whatever the settings say."""
+    policy = made(kind, policy=settings)
+    obs, drawn, chunk = observed(policy.spec), policy.noise(B, generator(1, 0)), Chunk(torch.ones(B, H, A))
+    one_B, before = policy.imitation_loss(obs, chunk, torch.ones(B, H), drawn), torch.get_rng_state()
+    trained_B = policy.train().imitation_loss(obs, chunk, torch.ones(B, H), drawn)
+    assert torch.equal(one_B, trained_B) and torch.equal(before, torch.get_rng_state())
+
+
 def test_times_of_the_flow_are_drawn_as_lerobot_draws_them():
     policy = made("smolvla")
     ours = policy.noise(20_000, generator(4, 0))["time"]

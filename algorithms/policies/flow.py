@@ -29,7 +29,7 @@ from algorithms.policies.base import ADVANTAGE, DELAY, PREFIX, Chunk
 from algorithms.policies.flow_config import CHAIN, INDEX, PREFIXED, FlowConfig, check_flow, flow_spec
 from algorithms.policies.flow_head import FlowHead
 from algorithms.policies.flow_sde import log_normal, normal_kl, sde_step, sigmas, times
-from algorithms.policies.normalise import ActionScale
+from algorithms.policies.normalise import ActionScale, full_precision
 from algorithms.policies.observation import EncoderConfig, ObservationEncoder
 from algorithms.policies.statistics import Statistics
 from fleet.errors import PolicyError
@@ -199,8 +199,8 @@ class FlowPolicy(nn.Module):
         return velocity
 
     def exact(self) -> torch.autocast:
-        """What is integrated is float32, also where the caller trains in another precision."""
-        return torch.autocast(self.start_HA.device.type, enabled=False)
+        """What is integrated is float32."""
+        return full_precision(self.start_HA)
 
     @property
     def _num_drawn(self) -> int:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.policies.base import INSTRUCTION, Chunk, PolicySpec
-from algorithms.policies.normalise import ActionScale, Normaliser
+from algorithms.policies.normalise import ActionScale, Normaliser, full_precision
 from algorithms.policies.statistics import Statistics
 from algorithms.policies.vision import Cameras
 from fleet.errors import PolicyError
@@ -160,7 +160,7 @@ class MlpPolicy(nn.Module):
 
     def _distribution(self, obs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """mean_BHA and std_A in the robot's units; in full precision, or ratios would be of rounding."""
-        with torch.autocast(self.log_std_A.device.type, enabled=False):
+        with full_precision(self.log_std_A):
             mean_BHA, std_A = self._output(self._hidden(obs, None)), self.log_std_A.exp()
             return (mean_BHA, std_A) if self.scale is None else (self.scale.restore(mean_BHA), self.scale.half_A * std_A)
 

@@ -21,6 +21,12 @@ STILL = 1e-6  # an action dimension whose range is below this does not move: it 
 FAR = 2.0  # times the robot's range: actions that were trained on cannot be meant for a robot whose bounds they pass so far
 
 
+def full_precision(like: Tensor) -> torch.autocast:
+    """What is computed inside on the device of ``like`` is float32, also where the caller trains in another precision: sums of
+    squares, densities and roundings to tokens would be of other numbers."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 class Normaliser(nn.Module):
     """Joins vector features and brings each element to mean 0, deviation 1, clipped to ``MAX_NORMALISED``.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.policies.base import ADVANTAGE, INSTRUCTION, Chunk, PolicySpec
-from algorithms.policies.normalise import ActionScale
+from algorithms.policies.normalise import ActionScale, full_precision
 from algorithms.policies.observation import EncoderConfig, ObservationEncoder
 from algorithms.policies.statistics import Statistics
 from algorithms.policies.token_codec import Codec, filled
@@ -124,7 +124,7 @@ class TokenPolicy(nn.Module):
         log_prob_BT is there with noise only, and not where two passes were blended (``guidance`` neither 0 nor 1, with the
         condition "advantage"): ``log_prob`` is that of the policy itself. With guidance 0 it is that of absent advantages.
         """
-        with _full_precision(self.scale.center_A):
+        with full_precision(self.scale.center_A):
             if guidance == 0:
                 obs = {name: value for name, value in obs.items() if name != ADVANTAGE}
             blended = self.advantage is not None and guidance not in (0, 1)
@@ -149,7 +149,7 @@ class TokenPolicy(nn.Module):
         Raises:
             PolicyError: The replay column is missing, of another size, or holds no tokens of this policy.
         """
-        with _full_precision(self.scale.center_A):
+        with full_precision(self.scale.center_A):
             return self.decoding.log_prob(self._predictor(obs), self._temperature, self._record(chunk))
 
     def decision_mask(self, chunk: Chunk, mask_BH: Tensor) -> Tensor:
@@ -205,11 +205,6 @@ class TokenPolicy(nn.Module):
                 remedy="use chunks that a policy with the same num_bins proposed",
             )
         return record
-
-
-def _full_precision(like: Tensor) -> Any:
-    """Densities are computed in float32, also where the loss runs under autocast."""
-    return torch.autocast(like.device.type, enabled=False)
 
 
 def _decoding(config: TokenConfig, num_tokens: int) -> Decoding:

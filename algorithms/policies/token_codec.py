@@ -18,6 +18,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from algorithms.policies.normalise import full_precision
+
 
 class Codec(nn.Module):
     """Tokens lie time-major, or frequency-major with the lowest first: t = k A + a.
@@ -46,13 +48,15 @@ class Codec(nn.Module):
 
     def encode(self, scaled_BHA: Tensor) -> Tensor:
         """(B, T), int64, of finite actions on the policy's scale."""
-        values_BKA = scaled_BHA.float() if self.basis_KH is None else self.basis_KH.float() @ scaled_BHA.float()
+        with full_precision(scaled_BHA):  # in bfloat16 every sixth coefficient is a level off
+            values_BKA = scaled_BHA.float() if self.basis_KH is None else self.basis_KH.float() @ scaled_BHA.float()
         return ((values_BKA.flatten(1) + self._bound) / self.step).round().clamp(0, self.vocabulary - 1).long()
 
     def decode(self, tokens_BT: Tensor) -> Tensor:
         """(B, H, A), float32, on the policy's scale; tokens may lie between levels (expectations)."""
         values_BKA = (tokens_BT.float() * self.step - self._bound).unflatten(1, (self._num_rows, self._action_dim))
-        return values_BKA if self.basis_KH is None else self.basis_KH.float().mT @ values_BKA
+        with full_precision(values_BKA):
+            return values_BKA if self.basis_KH is None else self.basis_KH.float().mT @ values_BKA
 
     def mask(self, mask_BH: Tensor) -> Tensor:
         """(B, T), bool: the tokens that tell of these steps. With ``dct`` each token tells of all steps."""

@@ -102,3 +102,14 @@ def test_masked_steps_take_the_valid_action_before_them():
     garbage = torch.where(mask > 0, actions, torch.nan)[..., None]
     expected = torch.tensor([[1.0, 2, 2, 2], [3, 3, 3, 3], [1, 1, 3, 3], [0, 0, 0, 0]])
     assert torch.equal(filled(garbage, mask)[..., 0], expected)
+
+
+@pytest.mark.parametrize("num_frequencies", [0, 8])
+def test_tokens_are_the_same_where_training_is_in_bfloat16(num_frequencies):
+    codec = Codec(16, 4, 127, num_frequencies)
+    actions_BHA = (0.3 * torch.randn(64, 16, 4, generator=torch.Generator().manual_seed(0)).cumsum(1)).clamp(-1, 1)
+    tokens_BT = codec.encode(actions_BHA)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codec.encode(actions_BHA), tokens_BT)
+        inside_BHA = codec.decode(tokens_BT)
+    assert torch.equal(inside_BHA, codec.decode(tokens_BT))

@@ -50,6 +50,9 @@ class BestOf(nn.Module):
                 f"best of {config.num_samples} samples by the {config.aggregate!r} of critics",
                 rule=f"at least one sample, one of {AGGREGATES}",
             )
+        for part in ("policy", "critic"):
+            if set(getattr(config, part)) != {"family", "config"}:
+                raise PolicyError(f"{part} of best_of is {getattr(config, part)}", rule='{"family": ..., "config": ...}')
         self.policy = policy or registry.build(config.policy["family"], config.policy["config"])
         self.critic = critic or build_critic(config.critic["family"], config.critic["config"])
         self.num_samples, self.aggregate = config.num_samples, config.aggregate
@@ -110,7 +113,7 @@ class BestOf(nn.Module):
             drawn = _each(noise, lambda value: value.flatten(0, 1))
         repeated = {name: value.repeat_interleave(self.num_samples, 0) for name, value in obs.items()}
         actions = self.policy.act(repeated, drawn, guidance).actions_BHA
-        values_KB = self.critic(repeated, actions)
+        values_KB = self.critic(obs, actions)
         value_BN = (values_KB.mean(0) if self.aggregate == "mean" else values_KB.amin(0)).unflatten(0, (batch, -1))
         best_B = value_BN.argmax(1)
         return Chunk(actions.unflatten(0, (batch, -1))[torch.arange(batch, device=best_B.device), best_B])

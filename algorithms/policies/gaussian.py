@@ -184,10 +184,7 @@ class CnnPolicy(MlpPolicy):
                 f"vision_width is {config.vision_width}, image_dims is {config.image_dims}", rule="both are at least 1"
             )
         self.vision = Cameras(images, config.vision, config.vision_width, config.shift_pixels)
-        sizes = [num_tokens * config.vision_width for num_tokens in self.vision.num_tokens]
-        self.summaries = nn.ModuleList(
-            nn.Sequential(nn.Flatten(1), nn.Linear(size, config.image_dims), nn.LayerNorm(config.image_dims)) for size in sizes
-        )
+        self.summaries = self.vision.summaries(config.image_dims)
         return config.image_dims * len(images)
 
     def noise(self, batch_size: int, generator: torch.Generator | None) -> dict[str, Tensor]:

@@ -56,10 +56,16 @@ class Cameras(nn.Module):
         super().__init__()
         if shift_pixels < 0:
             raise PolicyError(f"shift_pixels is {shift_pixels}", rule="at least 0")
-        self._images, self._shift = dict(images), shift_pixels
+        self._images, self._width, self._shift = dict(images), width, shift_pixels
         encoders = [make_vision(vision, shape, width, name) for name, shape in self._images.items()]
         self.encoders = nn.ModuleList(encoders)
         self.num_tokens = [int(encoder.num_tokens) for encoder in encoders]
+
+    def summaries(self, num_out: int) -> nn.ModuleList:
+        """Layers that make (B, num_out) of the tokens of each camera. Each place has weights of its own: where things are is
+        kept, which a mean over the tokens forgets."""
+        sizes = [num_tokens * self._width for num_tokens in self.num_tokens]
+        return nn.ModuleList(nn.Sequential(nn.Flatten(1), nn.Linear(size, num_out), nn.LayerNorm(num_out)) for size in sizes)
 
     def noise(self, batch_size: int, generator: torch.Generator | None) -> dict[str, Tensor]:
         """An entry of the policy's noise for each camera, see ``shift_noise``."""

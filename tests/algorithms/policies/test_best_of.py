@@ -4,13 +4,14 @@ import torch
 from torch import nn
 
 from algorithms.critics import build_critic
-from algorithms.policies.base import INSTRUCTION, Chunk
+from algorithms.policies.base import DELAY, INSTRUCTION, PREFIX, Chunk
 from algorithms.policies.best_of import BestOf
 from algorithms.policies.registry import build, load_published, published
 from algorithms.policies.statistics import Statistics
 from fleet.errors import PolicyError
-from fleet.spec import ACTION, STATE
+from fleet.spec import ACTION, IMAGE_PREFIX, STATE
 
+CAMERA = f"{IMAGE_PREFIX}front"
 B, H, A, E, N = 5, 3, 2, 4, 16
 SHARED = {"reads": {STATE: [6]}, "action_dim": A, "horizon": H, "instruction_dim": E, "width": 16}
 
@@ -125,6 +126,27 @@ def test_losses_and_features_are_those_of_the_policy():
             ask()
 
 
+def test_noise_of_a_policy_whose_loss_needs_it_is_cut_by_rows():
+    torch.manual_seed(0)
+    reads = {STATE: [6], CAMERA: [16, 16, 3]}
+    flow = build("flow", {**SHARED, "reads": reads, "num_heads": 2, "num_layers": 1, "max_delay": 1, "noise_level": 0.5})
+    best = BestOf.around(flow, build_critic("mlp", {**SHARED, "num_layers": 1}), num_samples=3)
+    assert best.spec.max_delay == 1 and not best.spec.density and not best.spec.replay
+    noise = best.noise(B, torch.Generator().manual_seed(0))
+    whole = flow.noise(3 * B, torch.Generator().manual_seed(0))
+    assert set(noise) == set(whole) == {"start", "time", "delay", "steps", f"shift.{CAMERA}"}
+    obs = {**_obs(), CAMERA: torch.randint(0, 256, (B, 16, 16, 3), dtype=torch.uint8)}
+    chunk, mask = Chunk(torch.randn(B, H, A)), torch.ones(B, H)
+    first = {name: value[::3] for name, value in whole.items()}
+    assert torch.equal(best.imitation_loss(obs, chunk, mask, noise), flow.imitation_loss(obs, chunk, mask, first))
+    row = {name: value[2:3] for name, value in noise.items()}
+    alone = best.imitation_loss({n: v[2:3] for n, v in obs.items()}, Chunk(chunk.actions_BHA[2:3]), mask[2:3], row)
+    torch.testing.assert_close(alone, flow.imitation_loss(obs, chunk, mask, first)[2:3])
+    obs |= {PREFIX: torch.randn(B, 1, A), DELAY: torch.arange(B) % 2}
+    for actions in (best.act(obs, noise).actions_BHA, best.act(obs).actions_BHA):
+        assert torch.equal(actions[1::2, 0], obs[PREFIX][1::2, 0])
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -140,7 +162,7 @@ def test_policy_and_critic_must_fit(changes, said):
         BestOf.around(policy, build_critic("mlp", {**SHARED, **changes}))
 
 
-def test_critics_of_an_ensemble_share_nothing_but_the_normalisation():
+def test_critics_of_an_ensemble_share_nothing():
     torch.manual_seed(0)
     critic = build_critic("mlp", {**SHARED, "num_critics": 3, "num_layers": 2})
     obs, actions = _obs(), torch.randn(B, H, A)
@@ -148,20 +170,45 @@ def test_critics_of_an_ensemble_share_nothing_but_the_normalisation():
     assert before.shape == (3, B) and before.dtype == torch.float32
     critic(obs, actions)[1].sum().backward()
     for p in critic.parameters():
-        if p.dim() == 3:
-            assert (p.grad[[0, 2]] == 0).all() and (p.grad[1] != 0).any()
+        assert len(p) == 3 and (p.grad[[0, 2]] == 0).all() and (p.grad[1] != 0).any()
     late = actions.clone()
     late[:, -1] += 0.5
     assert (critic(obs, late) != before).all()
 
 
-def test_a_critic_of_images():
-    camera = "observation.images.front"
-    config = {**SHARED, "reads": {STATE: [6], camera: [32, 32, 3]}, "image_dims": 16, "num_layers": 1}
-    critic = build_critic("mlp", config)
-    obs = {**_obs(), camera: torch.randint(0, 256, (B, 32, 32, 3), dtype=torch.uint8)}
+def _critic_of_images():
+    torch.manual_seed(0)
+    config = {**SHARED, "reads": {STATE: [6], CAMERA: [32, 32, 3]}, "image_dims": 16, "num_layers": 1}
+    image = torch.zeros(B, 32, 32, 3, dtype=torch.uint8)
+    image[:, 2:12, 2:12] = torch.arange(50, 50 + 20 * B, 20, dtype=torch.uint8)[:, None, None, None]
+    return build_critic("mlp", config), {**_obs(), CAMERA: image}
+
+
+def test_a_critic_sees_what_is_in_an_image_and_where():
+    critic, obs = _critic_of_images()
     values = critic(obs, torch.zeros(B, H, A))
-    assert (critic({**obs, camera: 255 - obs[camera]}, torch.zeros(B, H, A)) != values).all()
+    for changed in (255 - obs[CAMERA], obs[CAMERA].roll(16, 1), obs[CAMERA].roll(16, 2)):
+        assert ((critic({**obs, CAMERA: changed}, torch.zeros(B, H, A)) - values).abs() > 1e-3).all()
+
+
+def test_a_camera_that_a_critic_cannot_use_is_refused_by_name():
+    critic, obs = _critic_of_images()
+    for changed, said in (({CAMERA: obs[CAMERA][:, :16]}, r"front' is torch.uint8 \(16, 32, 3\)"), ({}, "front' is missing")):
+        rest = {name: value for name, value in obs.items() if name != CAMERA}
+        with pytest.raises(PolicyError, match=said):
+            critic({**rest, **changed}, torch.zeros(B, H, A))
+    with pytest.raises(PolicyError, match=r"'observation\.images\.front': images of shape"):
+        build_critic("mlp", {**SHARED, "reads": {CAMERA: [8, 8, 3]}})
+
+
+def test_several_chunks_of_a_state_are_judged_with_one_look_at_it():
+    critic, obs = _critic_of_images()
+    actions = torch.randn(B * N, H, A, generator=torch.Generator().manual_seed(0))
+    each = {name: value.repeat_interleave(N, 0) for name, value in obs.items()}
+    seen = []
+    critic.cameras.register_forward_hook(lambda module, args, out: seen.append(len(out[0])))
+    torch.testing.assert_close(critic(obs, actions), critic(each, actions))
+    assert seen == [B, B * N]
 
 
 def test_unknown_settings_are_named():
@@ -173,3 +220,6 @@ def test_unknown_settings_are_named():
         with pytest.raises(PolicyError) as caught:
             build_critic(family, config)
         assert said in str(caught.value)
+    for config, said in (({}, "policy of best_of is {}"), ({"family": "mlp"}, "policy of best_of is {'family': 'mlp'}")):
+        with pytest.raises(PolicyError, match=said):
+            build("best_of", {"policy": config, "critic": {"family": "mlp", "config": SHARED}})

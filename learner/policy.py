@@ -5,6 +5,7 @@ All ranks take part, and come to the same.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -176,7 +177,8 @@ def _require_same_files(policy: Any, ranks: Ranks) -> None:
 
 def check_same_policy(table: PolicyConfig, described: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Raises LearnerError when the configuration names another policy than the checkpoint holds."""
-    different = differences(table, described)
+    family = table.family or ("" if table.pretrained else DEFAULT_FAMILY)
+    different = differences(dataclasses.replace(table, family=family), described)
     before = (checkpoint.meta["settings"].get("policy") or {}).get("pretrained", "")
     if not same_place(before, table.pretrained):
         different["pretrained"] = (before, table.pretrained)

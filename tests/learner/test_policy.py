@@ -110,7 +110,10 @@ def test_a_policy_with_cameras_is_trained_from_a_log(tmp_path):
     tables["policy"].config = {**CNN, "reads": [TOP]}
     with pytest.raises(LearnerError, match=r"policy.config.reads = \['observation.images.top'\], but the checkpoint of step 6"):
         train(run, tables, stop=lambda: False, report=lambda progress: None)
-    tables["policy"].config = {**CNN, "reads": [TOP, STATE]}
+    tables["policy"] = PolicyConfig()  # whoever leaves the family out says mlp
+    with pytest.raises(LearnerError, match=r"policy.family = 'mlp', but the checkpoint of step 6 has 'cnn'"):
+        train(run, tables, stop=lambda: False, report=lambda progress: None)
+    tables["policy"] = PolicyConfig("cnn", {**CNN, "reads": [TOP, STATE]})
     assert train(run, tables, stop=lambda: False, report=lambda progress: None).step == 8
 
 

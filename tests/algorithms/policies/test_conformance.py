@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -278,6 +279,22 @@ def test_a_gpu_gives_what_the_cpu_gives(name):
         torch.testing.assert_close(
             loss_B.cpu(), policy.imitation_loss(obs, target, mask_BH, noise(policy)), rtol=1e-3, atol=1e-3
         )
+
+
+def test_whatever_it_is_given_comes_to_its_device(name, monkeypatch):
+    """Without a GPU: tensors of the device "meta" have no numbers, and refuse to be mixed with those of the CPU."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # there is none for it
+    policy = make(name).to("meta")
+    there = {key: value.to("meta") for key, value in observe(policy.spec).items()}
+    (target, mask_BH), drawn = targets(policy.spec), noise(policy)
+    made = [policy.act(there).actions_BHA, policy.act(there, drawn).actions_BHA, policy.embed(there)]
+    made.append(policy.imitation_loss(there, Chunk(target.actions_BHA.to("meta")), mask_BH.to("meta"), drawn))
+    if policy.spec.density:
+        chunk = policy.act(there, drawn)
+        made += [*chunk.replay.values(), policy.decision_mask(chunk, mask_BH.to("meta"))]
+        if CASES[name][0] != "token":  # which looks at the numbers of a record
+            made.append(policy.log_prob(there, chunk))
+    assert {tensor.device.type for tensor in made} == {"meta"}
 
 
 def test_an_average_can_be_kept_of_it(name):

@@ -143,7 +143,9 @@ class Courier:
     def _say_failed(self, error: PolicyError) -> None:
         self.counters.failed_chunks += 1
         if self.counters.failed_chunks in (1, 10, 100, 1000):
-            log.warning("the robot holds, %d chunks have failed: %s", self.counters.failed_chunks, error)
+            log.warning(
+                "the robot holds, %d chunks have failed: %s", self.counters.failed_chunks, error, exc_info=error.__cause__
+            )
 
     def _count(self, record: np.void) -> None:
         self.counters.steps += 1

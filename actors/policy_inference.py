@@ -88,8 +88,19 @@ class ActingPolicy:
             instruction: Its text, for policies that read it.
 
         Raises:
-            PolicyError: The observation or the chunk is not finite, or the instruction is of another size.
+            PolicyError: The observation or the chunk is not finite, the instruction is of another size, or the policy fails:
+                then this error's cause says where.
         """
+        try:
+            return self._answer(obs, embedding, prefix_DA, seed, instruction)
+        except PolicyError:
+            raise
+        except Exception as error:  # a family's own defect, or a library's: it costs a chunk, not the robot's process
+            raise PolicyError(f"the policy fails: {error!r}"[:500], rule="it acts on the robot's observations") from error
+
+    def _answer(
+        self, obs: Mapping[str, np.ndarray], embedding: np.ndarray, prefix_DA: np.ndarray | None, seed: int, instruction: str
+    ) -> Answer:
         import torch
 
         from algorithms.policies.base import acting_conditions
@@ -129,13 +140,8 @@ class ActingPolicy:
         spec = self.policy.spec
         if embedding is None:
             embedding = np.zeros(spec.conditions.get(INSTRUCTION, (1,)), np.float32)
-        try:
-            prefix_DA = np.zeros((spec.max_delay, spec.action_dim), np.float32)
-            answer = self(self._plausible(), embedding, prefix_DA, instruction="do it")
-        except PolicyError:
-            raise
-        except Exception as error:  # a family's own defect, or a library's: this release is refused, the one before goes on
-            raise PolicyError(f"the policy fails: {error!r}"[:500], rule="it acts on the robot's observations") from error
+        prefix_DA = np.zeros((spec.max_delay, spec.action_dim), np.float32)
+        answer = self(self._plausible(), embedding, prefix_DA, instruction="do it")
         sizes = {name: int(np.prod(shape)) for name, shape in spec.replay.items()} if self.sample else {}
         told = {name: value.size for name, value in answer.replay.items()}
         if answer.actions_HA.shape != (spec.horizon, spec.action_dim) or told != sizes:

@@ -19,6 +19,8 @@ class JumpyConfig:
     """How long it takes."""
     bad: float = 0.0
     """The first action; not a number makes the policy fail its test."""
+    fails_from: int = 0
+    """The call from which on it raises, as a library does; 0: never."""
     reads: tuple = (STATE,)
 
 
@@ -42,6 +44,8 @@ class Jumpy(nn.Module):
     def act(self, obs, noise=None, guidance=1.0):
         time.sleep(self._config.seconds)
         self._num_calls += 1
+        if 0 < self._config.fails_from <= self._num_calls:
+            raise RuntimeError("CUDA out of memory")
         actions_BHA = torch.full((1, self.spec.horizon, 2), 0.01 * (-1) ** self._num_calls) * self.sign
         actions_BHA[0, 0, 0] += self._config.bad
         if PREFIX in obs and (delay := int(obs[DELAY][0])):

@@ -3,14 +3,17 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from loop_bench import run_episodes
 from safetensors.torch import save
 
 from actors.config import ActorConfig
+from actors.operators import make_operator
 from actors.policy_runner import PolicyRunner
 from actors.robots.toy import ToyRobot
 from algorithms.policies.registry import build
 from fleet.errors import ConfigError, PolicyError
 from fleet.releases import Manifest
+from fleet.robot import Source
 from tests.actors.odd_policies import Jumpy
 
 CONFIG = {"reads": {"observation.state": [6]}, "action_dim": 2, "instruction_dim": 4}
@@ -149,6 +152,17 @@ def test_a_prefix_longer_than_the_policy_can_continue_is_said_once(caplog):
     for actions_HA in (whole, *others):
         np.testing.assert_array_equal(actions_HA[:2], prefix_DA[:2])
     assert len(caplog.records) == 1 and "the 2 ticks that release 1" in caplog.text
+
+
+def test_a_policy_that_fails_at_work_costs_chunks_and_neither_the_robot_nor_its_operator(caplog):
+    runner = PolicyRunner(ToyRobot().spec, EMBEDDINGS)
+    runner.load(*release(config={"fails_from": 3}, family="tests.actors.odd_policies:Jumpy"))  # its test is the first call
+    corrections = make_operator("scripted", expert="toy", gate_distance=0.0, keep="episode")
+    tables, _, courier = run_episodes(runner, operator=corrections)
+    assert [row["frame_index"] for row in tables["chunks"]] == [0]
+    assert courier.counters.failed_chunks > 3 and tables["episodes"][-1]["outcome"] == "success"
+    assert Source.OPERATOR in {step["source"] for step in tables["steps"]}
+    assert len(caplog.records) == 1 and "CUDA out of memory" in caplog.text and "odd_policies.py" in caplog.text
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu"])

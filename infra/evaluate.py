@@ -27,6 +27,7 @@ import torch
 
 from actors.plan import Chunking
 from actors.robots import make_robot
+from actors.safety import SafetyConfig
 from fleet.errors import ConfigError, RobotError
 from fleet.robot import Robot
 from fleet.seeds import HELD_OUT
@@ -81,6 +82,8 @@ def evaluate(
     guidance: float = 1.0,
     sample: bool = False,
     instructions: Mapping[str, str] | None = None,
+    ensemble_decay: float = Chunking.ensemble_decay,
+    safety: SafetyConfig | None = None,
 ) -> Table:
     """Runs ``policy`` once from each seed of each task.
 
@@ -97,6 +100,8 @@ def evaluate(
         delay: Steps that pass from an observation to the chunk that was computed from it: a slow policy, in simulated time.
         guidance, sample: See ``actors.policy_inference.ActingPolicy``; what is drawn is a function of seed and step.
         instructions: Text by task, for policies that read it.
+        ensemble_decay: See ``actors.plan.Chunking``.
+        safety: What actions go through on their way to the robot; default: its bounds.
 
     Raises:
         ConfigError: A seed is not held out, ``execute`` or another setting is out of range, or there is nothing to do.
@@ -105,7 +110,8 @@ def evaluate(
     """
     _check(len(tasks), seeds, execute, policy.spec.horizon, delay)
     state = {name: tensor.detach().cpu().numpy() for name, tensor in policy.state_dict().items()}
-    how = Conditions(Chunking(chunking, execute), delay, guidance, sample, max_steps, dict(instructions or {}))
+    rule = Chunking(chunking, execute, ensemble_decay)
+    how = Conditions(rule, delay, guidance, sample, max_steps, dict(instructions or {}), safety or SafetyConfig())
     setup = (policy.family, policy.config, state, robot_adapter, dict(robot_settings), how)
     jobs = [
         (task, np.asarray(embedding, np.float32), list(seeds[i : i + _SEEDS_A_JOB]))

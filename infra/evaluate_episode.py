@@ -17,6 +17,7 @@ from actors.fragments import RecordedObservation
 from actors.plan import Chunking, Plan, PlannedChunk, Proposal
 from actors.policy_inference import ActingPolicy
 from actors.robots import make_robot
+from actors.safety import SafetyConfig, SafetyFilter
 from algorithms.policies.registry import build
 from fleet.errors import RobotError
 from fleet.images import encode
@@ -48,6 +49,7 @@ class Conditions:
     sample: bool
     max_steps: int
     instructions: Mapping[str, str]
+    safety: SafetyConfig
 
 
 class Worker:
@@ -68,6 +70,7 @@ class Worker:
         self._acting = ActingPolicy(
             policy, self.robot.spec, execute=how.chunking.execute, guidance=how.guidance, sample=how.sample
         )
+        self._safety = SafetyFilter(self.robot.spec, how.safety)
         self._how = how
 
     def run(self, job: tuple[str, np.ndarray, list[int]]) -> list[EpisodeResult]:
@@ -76,6 +79,7 @@ class Worker:
 
     def _episode(self, task: str, embedding: np.ndarray, seed: int) -> EpisodeResult:
         obs: Observation | None = self.robot.reset(task, seed)
+        self._safety.reset()
         plan, changes = Plan(self._how.chunking), _Changes()
         coming: collections.deque[PlannedChunk] = collections.deque()
 
@@ -92,7 +96,8 @@ class Worker:
                 coming.append(chunk)
                 take(frame)
             proposal = plan.propose(frame)
-            feedback = self.robot.send(self.robot.hold() if proposal is None else proposal.action)
+            hold = self.robot.hold()
+            feedback = self.robot.send(self._safety(hold if proposal is None else proposal.action, hold)[0])
             obs = None
             changes.add(feedback, proposal)
             if feedback.success is None:

@@ -70,18 +70,21 @@ def evaluate_version(
     catalogue = json.loads((run.path / "tasks.json").read_text())
     tasks = {task: entry["embedding"] for task, entry in catalogue.items()}
     adapter, settings = simulator(tables)
+    actor = tables["actor"]
     table = evaluate(
         policy,
         adapter,
         settings,
         tasks,
         seeds,
-        execute=tables["actor"].execute,
+        execute=actor.execute,
         num_workers=workers,
         max_steps=tables["evaluator"].max_steps,
         watch=watch,
-        chunking=tables["actor"].chunking,
-        guidance=tables["actor"].guidance,
+        chunking=actor.chunking,
+        ensemble_decay=actor.ensemble_decay,
+        guidance=actor.guidance,
+        safety=actor.safety,
         instructions={task: entry["instruction"] for task, entry in catalogue.items()},
     )
     counts = {row.task: (row.num_episodes, row.num_successes) for row in table.rows}

@@ -1,12 +1,21 @@
 """Policies that are late, in simulated time: how chunks follow each other then."""
 
+import json
+
 import numpy as np
 import pytest
+from safetensors.torch import save
 
-from algorithms.policies.registry import build
+from actors.safety import SafetyConfig
+from algorithms.policies.registry import build, describe
 from fleet.errors import ConfigError, PolicyError
+from fleet.identity import create_run_keys
+from fleet.runfolder import RunFolder
 from fleet.seeds import held_out_seeds
+from fleet.server.releases import ReleaseStore
 from infra.evaluate import evaluate
+from infra.evaluation import evaluate_version
+from infra.run_config import RunConfig, write_catalogue
 
 JUMPY = "tests.actors.odd_policies:Jumpy"
 TASKS = {"reach": np.ones(4)}
@@ -51,6 +60,26 @@ def test_without_asking_ahead_nothing_is_certain_and_nothing_continued():
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match=str(next(iter(wrong.values())))):
         run(**{"execute": 4, **wrong})
+
+
+def test_actions_go_through_what_stands_before_a_robots_motors():
+    assert run(execute=4, safety=SafetyConfig(max_delta=0.005)).border_change == pytest.approx(0.005, abs=1e-6)
+
+
+def test_a_release_is_tested_with_the_settings_of_its_robots(tmp_path):
+    actor = {"chunking": "ensemble", "execute": 2, "ensemble_decay": -3.0, "safety": {"max_delta": 0.0077}}
+    run_file = {"run": {"tasks": {"reach": "reach it"}}, "robot": {"settings": {"max_steps": STEPS}}, "actor": actor}
+    folder, policy = RunFolder.create(tmp_path / "run"), build(JUMPY, {})
+    folder.config.write_text(json.dumps(run_file))
+    write_catalogue(folder, RunConfig(run_file["run"]["tasks"]))
+    create_run_keys(folder.keys)
+    store = ReleaseStore(folder.releases, folder.keys)
+    store.publish(save(policy.state_dict()), algorithm="bc", step=1, metrics={}, policy=describe(policy))
+    tested = evaluate_version(folder, 1, "final", held_out_seeds(1), workers=0).episodes[0]
+    settings = {"chunking": "ensemble", "execute": 2, "ensemble_decay": -3.0, "safety": SafetyConfig(0.0077)}
+    assert tested == run(**settings)
+    for name in settings:
+        assert tested != run(**{"execute": 4} | {other: value for other, value in settings.items() if other != name})
 
 
 def test_a_policy_that_overflows_ends_the_evaluation_and_names_the_action():

@@ -116,7 +116,8 @@ class BestOf(nn.Module):
         values_KB = self.critic(obs, actions)
         value_BN = (values_KB.mean(0) if self.aggregate == "mean" else values_KB.amin(0)).unflatten(0, (batch, -1))
         best_B = value_BN.argmax(1)
-        return Chunk(actions.unflatten(0, (batch, -1))[torch.arange(batch, device=best_B.device), best_B])
+        chosen_BHA = actions.unflatten(0, (batch, -1))[torch.arange(batch, device=best_B.device), best_B]
+        return Chunk(chosen_BHA + 0 * value_BN.sum(1)[:, None, None])  # values that are not finite select nothing
 
     def log_prob(self, obs: Mapping[str, Tensor], chunk: Chunk) -> Tensor:
         """Raises PolicyError: the density of what was selected is not known."""

@@ -140,7 +140,10 @@ class TokenPolicy(nn.Module):
                 tokens_BT = self.decoding.tokens(record)
                 if noise is not None and not blended:
                     log_prob_BT = self.decoding.log_prob(predict, self._temperature, record)
-            actions_BHA = self.scale.restore(self.codec.decode(tokens_BT))
+            assert predict.last is not None
+            # A token is always a number: logits that are not would act unseen.
+            broken_B11 = 0 * predict.last.flatten(1).sum(1)[:, None, None]
+            actions_BHA = self.scale.restore(self.codec.decode(tokens_BT)) + broken_B11
         return Chunk(actions_BHA, log_prob_BT, {self.decoding.record_name: record.int()})
 
     def log_prob(self, obs: Mapping[str, Tensor], chunk: Chunk) -> Tensor:

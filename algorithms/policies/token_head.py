@@ -92,11 +92,13 @@ class Predictor:
     Args:
         memory: Of B rows; or, where ``guidance`` is given, of 2 B: with the condition, then without.
         guidance: g of u + g (c - u), by logits.
+        last: Logits of the newest call.
     """
 
     head: TokenHead
     memory: list[KeysValues]
     guidance: float | None = None
+    last: Tensor | None = None
 
     def __call__(self, tokens_BT: Tensor) -> Tensor:
         """(B, T, V), see ``TokenHead.forward``."""
@@ -116,7 +118,8 @@ class Predictor:
         return tokens if self.guidance is None else torch.cat([tokens, tokens])
 
     def _guided(self, logits: Tensor) -> Tensor:
-        if self.guidance is None:
-            return logits
-        conditional, unconditional = logits.chunk(2)
-        return unconditional + self.guidance * (conditional - unconditional)
+        if self.guidance is not None:
+            conditional, unconditional = logits.chunk(2)
+            logits = unconditional + self.guidance * (conditional - unconditional)
+        self.last = logits
+        return logits

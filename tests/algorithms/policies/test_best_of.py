@@ -81,6 +81,13 @@ def test_an_ensemble_is_judged_by_its_mean_or_its_least():
         _best(aggregate="max")
 
 
+def test_values_that_are_not_finite_do_not_act_unseen():
+    best, obs = _best(), _obs()
+    with torch.no_grad():
+        best.critic.head.bias[0] = torch.nan
+    assert best.policy.act(obs).actions_BHA.isfinite().all() and best.act(obs).actions_BHA.isnan().all()
+
+
 def test_without_noise_it_is_deterministic_and_rows_do_not_touch_each_other():
     best, obs = _best(), _obs()
     whole = best.act(obs).actions_BHA

@@ -300,6 +300,16 @@ def test_actions_beyond_the_range_are_learnt_as_its_end_and_what_is_not_finite_i
         assert policy.imitation_loss(_obs(), Chunk(broken), torch.tensor([[1.0, 0, 1]])).isfinite()
 
 
+@pytest.mark.parametrize("decoding", DECODINGS)
+@pytest.mark.parametrize("where", ["head.out.bias", "head.place_PF", "encoder.norm.weight"])
+def test_logits_that_are_not_finite_do_not_act_unseen(decoding, where):
+    policy = _policy(decoding=decoding)
+    with torch.no_grad():
+        policy.get_parameter(where)[0] = torch.nan
+    for noise in (None, policy.noise(1, torch.Generator().manual_seed(0))):
+        assert policy.act(_obs(), noise).actions_BHA.isnan().all()
+
+
 def test_what_is_said_later_fits_what_was_said_before():
     """Half of the chunks go left, half right. Tokens that are drawn independently mix both within a chunk."""
     side = torch.where(torch.arange(16) % 2 == 0, 1.0, -1.0)

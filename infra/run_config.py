@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import TABLES as ACTOR_TABLES
+from actors.records import MAX_HORIZON
 from buffer.main import BufferConfig, GatewayConfig
 from fleet.config import load_run
 from fleet.errors import ConfigError, RunFolderError
 from fleet.files import Files
+from fleet.lookup import resolve
 from fleet.runfolder import RunFolder
 from fleet.server.registry import RegistryConfig
 from infra.evaluator import EvaluatorConfig
@@ -67,6 +69,7 @@ def load_tables(path: Path, overrides: list[str]) -> dict[str, Any]:
     from learner.main import check_learner_tables
 
     check_learner_tables(tables)
+    check_horizon(tables)
     return tables
 
 
@@ -118,9 +121,32 @@ def check_cluster(tables: dict[str, Any]) -> None:
             raise ConfigError(what, rule=rule, remedy=remedy)
 
 
+def check_horizon(tables: dict[str, Any]) -> None:
+    """Raises ConfigError where robots would refuse every release, because its chunks are too short or too long for them."""
+    from algorithms.policies.registry import FAMILIES
+    from learner.main import DEFAULT_FAMILY
+
+    policy, execute = tables["policy"], tables["actor"].execute
+    family = resolve(FAMILIES, policy.family or DEFAULT_FAMILY, kind="policy.family", error=ConfigError)
+    default = None if policy.pretrained else getattr(family.Config, "horizon", None)
+    horizon = policy.config.get("horizon", default)
+    if horizon is not None and not execute <= horizon <= MAX_HORIZON:
+        raise ConfigError(
+            f"policy.config.horizon = {horizon} with actor.execute = {execute}",
+            rule=f"a chunk has at least the actions that are executed of it, and at most {MAX_HORIZON}",
+            remedy="set actor.execute to at most the horizon",
+        )
+
+
 def check_run_file(path: Path, overrides: list[str]) -> list[str]:
-    """What `fleet config check` prints: one line a table."""
+    """What `fleet config check` prints: one line a table. It looks at what a new run would take from elsewhere, too."""
+    from algorithms.instruction import encode
+
     tables = load_tables(path, overrides)
+    if not RunFolder(path.parent).mark.exists():
+        settle_pretrained(tables)
+    for text in tables["run"].tasks.values():
+        encode(text, tables["run"].instruction_encoder)
     return [f"{path}: ok", *(f"  {name}: {table}" for name, table in tables.items())]
 
 

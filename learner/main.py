@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from buffer.rate import RateLimiter
-from fleet.errors import ConfigError
+from fleet.errors import ConfigError, PolicyError
 from fleet.lookup import check_settings, nearest, resolve
+from fleet.spec import STATE
 
 ALGORITHMS = {
     "bc": "algorithms.bc:Bc",
@@ -243,11 +244,27 @@ def check_learner_tables(tables: Mapping[str, Any]) -> None:
     if policy.pretrained and not policy.family:
         return  # its settings are compared with the checkpoint's
     family = policy.family or DEFAULT_FAMILY
-    cls = resolve(FAMILIES, family, kind="policy.family", error=ConfigError).Config
+    policy_class = resolve(FAMILIES, family, kind="policy.family", error=ConfigError)
+    cls = policy_class.Config
     required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
     later = {name: None for name in required if name in FROM_DATA or policy.pretrained}
     check_settings(cls, {**later, **policy.config}, kind=f"policy.config of family {family!r}", error=ConfigError)
     _check_types(cls, policy.config, "policy.config")
+    if hasattr(policy_class, "check") and not policy.pretrained:
+        _check_values(policy_class, family, policy.config)
+
+
+def _check_values(policy_class: Any, family: str, settings: Mapping[str, Any]) -> None:
+    """What a family says of its settings; robots and tasks, which nobody knows yet, are stood in for."""
+    reads = settings.get("reads") or {STATE: (1,)}
+    try:
+        policy_class.check(policy_class.Config(**{"action_dim": 1, "instruction_dim": 1, **settings, "reads": reads}))
+    except PolicyError as error:
+        raise ConfigError(f"policy.config = {dict(settings)} of family {family!r}", rule=error.rule) from None
+    except TypeError as error:
+        raise ConfigError(
+            f"policy.config = {dict(settings)} of family {family!r}: {error}", rule="types as its Config"
+        ) from None
 
 
 def algorithm_class(table: AlgorithmConfig | StartConfig, where: str) -> Any:

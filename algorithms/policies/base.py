@@ -88,6 +88,7 @@ class Policy(Protocol):
     (B, height, width, channels). Rows do not depend on each other.
 
     Optional: ``frozen``, names of child modules that are never trained, nor published: whoever builds the policy has them.
+    ``check(config)``, static: raises PolicyError where a setting is out of its range, which is known before the robots are.
     """
 
     spec: PolicySpec

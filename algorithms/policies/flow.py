@@ -41,6 +41,7 @@ class FlowPolicy(nn.Module):
     """See the header. Implements ``algorithms.policies.base.Policy``."""
 
     Config = FlowConfig
+    check = staticmethod(check_flow)
     start_HA: Tensor
 
     def __init__(self, config: FlowConfig) -> None:

@@ -73,12 +73,8 @@ class MlpPolicy(nn.Module):
 
     def __init__(self, config: MlpConfig) -> None:
         super().__init__()
+        self.check(config)
         reads = {name: tuple(int(n) for n in shape) for name, shape in sorted(config.reads.items())}
-        sizes = (config.action_dim, config.horizon, config.width, config.num_layers)
-        if not reads or min(sizes) < 1 or config.instruction_dim < 0:
-            raise PolicyError(
-                f"gaussian policy of {config}", rule="reads is not empty; sizes are at least 1, instruction_dim at least 0"
-            )
         self._instruction_dim, self._obs_gain = config.instruction_dim, config.obs_gain
         conditions = {INSTRUCTION: (config.instruction_dim,)} if config.instruction_dim else {}
         self.spec = PolicySpec(reads, conditions, config.action_dim, config.horizon, density=True)
@@ -92,6 +88,15 @@ class MlpPolicy(nn.Module):
         self.trunk = nn.Sequential(*layers)
         self.head = nn.Linear(config.width, config.horizon * config.action_dim)
         self.log_std_A = nn.Parameter(torch.full((config.action_dim,), float(config.log_std)))
+
+    @staticmethod
+    def check(config: MlpConfig) -> None:
+        """See ``Policy``."""
+        sizes = (config.action_dim, config.horizon, config.width, config.num_layers)
+        if not config.reads or min(sizes) < 1 or config.instruction_dim < 0:
+            raise PolicyError(
+                f"gaussian policy of {config}", rule="reads is not empty; sizes are at least 1, instruction_dim at least 0"
+            )
 
     def set_statistics(self, statistics: Mapping[str, Statistics]) -> None:
         """Of observations, and of actions where they are normalised."""

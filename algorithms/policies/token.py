@@ -82,7 +82,7 @@ class TokenPolicy(nn.Module):
 
     def __init__(self, config: TokenConfig) -> None:
         super().__init__()
-        _check(config)
+        self.check(config)
         reads = {name: tuple(int(n) for n in shape) for name, shape in sorted(config.reads.items())}
         conditions: dict[str, tuple[int, ...]] = {INSTRUCTION: (config.instruction_dim,)} if config.instruction_dim else {}
         if config.advantage:
@@ -108,6 +108,31 @@ class TokenPolicy(nn.Module):
             causal=self.decoding.causal,
         )
         self.advantage = nn.Embedding(3, config.width) if config.advantage else None
+
+    @staticmethod
+    def check(config: TokenConfig) -> None:
+        """Raises PolicyError naming the setting that is out of its range."""
+        sizes = ("action_dim", "horizon", "width", "num_heads", "encoder_layers", "num_layers", "num_rounds")
+        rules = {name: (getattr(config, name) >= 1, "is at least 1") for name in sizes}
+        rules |= {
+            "reads": (bool(config.reads), "is not empty"),
+            "decoding": (config.decoding in DECODINGS, f"is one of {', '.join(DECODINGS)}"),
+            "codec": (config.codec in CODECS, f"is one of {', '.join(CODECS)}"),
+            "instruction_dim": (config.instruction_dim >= 0, "is at least 0"),
+            "num_bins": (2 <= config.num_bins <= 4096, "is 2 to 4096"),
+            "num_frequencies": (0 <= config.num_frequencies <= config.horizon, "is 0 to horizon"),
+            "remask": (0 <= config.remask < 1, "is in [0, 1)"),
+            "temperature": (0 < config.temperature < math.inf, "is above 0"),
+            "blur": (0 <= config.blur < math.inf, "is at least 0"),
+            "soft_decode": (config.decoding == "parallel" or not config.soft_decode, "is for decoding = parallel"),
+            "width": (
+                config.num_heads >= 1 and config.width >= 1 and config.width % config.num_heads == 0,
+                "divides by num_heads",
+            ),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise PolicyError(f"token policy with {name} = {getattr(config, name)!r}", rule=f"{name} {rule}")
 
     def set_statistics(self, statistics: Mapping[str, Statistics]) -> None:
         """Of observations, and of actions: their quantiles are the ends of the levels."""
@@ -214,25 +239,3 @@ def _decoding(config: TokenConfig, num_tokens: int) -> Decoding:
     if config.decoding == "diffusion":
         return Diffusion(num_tokens, config.num_rounds, config.remask)
     return Autoregressive(num_tokens) if config.decoding == "autoregressive" else Parallel(num_tokens)
-
-
-def _check(config: TokenConfig) -> None:
-    """Raises PolicyError naming the setting that is out of its range."""
-    sizes = ("action_dim", "horizon", "width", "num_heads", "encoder_layers", "num_layers", "num_rounds")
-    rules = {name: (getattr(config, name) >= 1, "is at least 1") for name in sizes}
-    rules |= {
-        "reads": (bool(config.reads), "is not empty"),
-        "decoding": (config.decoding in DECODINGS, f"is one of {', '.join(DECODINGS)}"),
-        "codec": (config.codec in CODECS, f"is one of {', '.join(CODECS)}"),
-        "instruction_dim": (config.instruction_dim >= 0, "is at least 0"),
-        "num_bins": (2 <= config.num_bins <= 4096, "is 2 to 4096"),
-        "num_frequencies": (0 <= config.num_frequencies <= config.horizon, "is 0 to horizon"),
-        "remask": (0 <= config.remask < 1, "is in [0, 1)"),
-        "temperature": (0 < config.temperature < math.inf, "is above 0"),
-        "blur": (0 <= config.blur < math.inf, "is at least 0"),
-        "soft_decode": (config.decoding == "parallel" or not config.soft_decode, "is for decoding = parallel"),
-        "width": (config.num_heads >= 1 and config.width >= 1 and config.width % config.num_heads == 0, "divides by num_heads"),
-    }
-    for name, (holds, rule) in rules.items():
-        if not holds:
-            raise PolicyError(f"token policy with {name} = {getattr(config, name)!r}", rule=f"{name} {rule}")

@@ -90,6 +90,25 @@ def test_an_engine_or_cluster_that_cannot_be_is_named_before_anything_starts(run
         assert word in said
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["policy.config.horizon=3"], ["horizon = 3", "actor.execute = 4"]),
+        (["policy.config.horizon=129"], ["horizon = 129", "at most 128"]),
+        (["policy.config={}", "actor.execute=9"], ["horizon = 8", "actor.execute = 9"]),
+        (["policy.family=token", "policy.config.num_bins=1"], ["'num_bins': 1", "2 to 4096"]),
+        (["policy.pretrained=runs/elsewhere"], ["no policy at 'runs/elsewhere'", "RUN@VERSION"]),
+        (["run.instruction_encoder=hashd"], ["hashd", "did you mean 'hashed'"]),
+        (["actor.chunking=rtc"], ["chunking = 'rtc'", "async"]),
+    ],
+)
+def test_a_policy_that_no_robot_could_run_is_named_before_anything_starts(run_file, overrides, words):
+    code, said = ask("config", "check", run_file(), *overrides)
+    assert code == 2 and "Traceback" not in said
+    for word in words:
+        assert word in said
+
+
 def test_process_tables_are_checked_in_under_a_second_of_work(run_file):
     path = run_file(lambda text: text.replace("gateway:", "gatewy:"))
     tells = "import sys, time\nfrom infra.cli import app\ntry: app()\nfinally: print(time.process_time(), *sys.modules)"
@@ -177,8 +196,11 @@ def test_an_unknown_robot_adapter_is_named(tmp_path):
 def test_a_robot_that_waits_leaves_when_asked(tmp_path):
     path = enroll_here(make_run(tmp_path, f"tcp://127.0.0.1:{free_port()}"), "arm-1", {})
     process = command_line.fleet("join", path)
-    while "again" not in (line := process.stdout.readline()):
-        assert line, "it ended"
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
-    assert process.returncode == 0
+    try:
+        while "again" not in (line := process.stdout.readline()):
+            assert line, "it ended"
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+        assert process.returncode == 0
+    finally:
+        process.kill()  # it would wait for ever

@@ -238,6 +238,12 @@ def test_stop_before_there_is_data(tmp_path):
         ("policy", {"family": "mpl"}, "mpl.*did you mean 'mlp'"),
         ("policy", {"config": {"hrizon": 3}}, "hrizon.*did you mean 'horizon'"),
         ("policy", {"config": {"horizon": 3.5}}, "policy.config.horizon = 3.5"),
+        ("policy", {"config": {"width": 0}}, "'width': 0.*'mlp'.*at least 1"),
+        ("policy", {"family": "flow", "config": {"num_steps": 0}}, "'num_steps': 0.*'flow'.*at least 1"),
+        ("policy", {"family": "flow", "config": {"max_delay": 8}}, "max_delay < horizon"),
+        ("policy", {"family": "flow", "config": {"noise_std": 0.1}}, "'noise_std': 0.1.*no len"),
+        ("policy", {"family": "small_vla", "config": {"num_heads": 3}}, "num_heads divides width"),
+        ("policy", {"family": "token", "config": {"decoding": "serial"}}, "'serial'.*one of"),
     ],
 )
 def test_wrong_tables_name_the_nearest_known_word(table, change, match):

@@ -28,12 +28,14 @@ import torch
 from actors.plan import Chunking
 from actors.robots import make_robot
 from actors.safety import SafetyConfig
+from algorithms.policies.registry import published
 from fleet.errors import ConfigError, RobotError
 from fleet.robot import Robot
 from fleet.seeds import HELD_OUT
 from fleet.spec import IMAGE_PREFIX
 from infra.evaluate_episode import Conditions, EpisodeResult, Worker
 from infra.intervals import wilson
+from learner.tensor_file import dumps
 
 _SEEDS_A_JOB = 5
 MAX_STEPS = 2000  # a robot that never ends its episode is ended by us
@@ -109,10 +111,9 @@ def evaluate(
         RobotError: The robot cannot be built or driven, or cannot judge success itself.
     """
     _check(len(tasks), seeds, execute, policy.spec.horizon, delay)
-    state = {name: tensor.detach().cpu().numpy() for name, tensor in policy.state_dict().items()}
     rule = Chunking(chunking, execute, ensemble_decay)
     how = Conditions(rule, delay, guidance, sample, max_steps, dict(instructions or {}), safety or SafetyConfig())
-    setup = (policy.family, policy.config, state, robot_adapter, dict(robot_settings), how)
+    setup = (policy.family, policy.config, bytes(dumps(published(policy))), robot_adapter, dict(robot_settings), how)
     jobs = [
         (task, np.asarray(embedding, np.float32), list(seeds[i : i + _SEEDS_A_JOB]))
         for task, embedding in tasks.items()

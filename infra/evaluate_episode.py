@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
+from safetensors.torch import load
 
 from actors.fragments import RecordedObservation
 from actors.plan import Chunking, Plan, PlannedChunk, Proposal
 from actors.policy_inference import ActingPolicy
 from actors.robots import make_robot
 from actors.safety import SafetyConfig, SafetyFilter
-from algorithms.policies.registry import build
+from algorithms.policies.registry import build, load_published
 from fleet.errors import RobotError
 from fleet.images import encode
 from fleet.robot import Feedback, Observation, Robot
@@ -59,13 +59,13 @@ class Worker:
         self,
         family: str,
         config: Any,
-        state: Mapping[str, np.ndarray],
+        weights: bytes,
         adapter: str,
         settings: Mapping[str, Any],
         how: Conditions,
     ) -> None:
         policy = build(family, config)
-        policy.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state.items()})
+        load_published(policy, load(weights))
         self.robot: Robot = make_robot(adapter, **settings)
         self._acting = ActingPolicy(
             policy, self.robot.spec, execute=how.chunking.execute, guidance=how.guidance, sample=how.sample

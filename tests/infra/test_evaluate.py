@@ -1,3 +1,4 @@
+import copy
 import functools
 import multiprocessing
 
@@ -46,6 +47,12 @@ def test_counts_successes_by_task_the_same_in_workers_and_here():
     assert here.total.num_episodes == 24 and here.total.rate == 0.5
     assert [e.seed for e in here.episodes] == held_out_seeds(12) * 2
     assert here.to_dict()["rows"][0]["low"] == pytest.approx(wilson(12, 12)[0])
+
+
+def test_weights_of_any_type_reach_the_workers():
+    halves = copy.deepcopy(_policy()).to(torch.bfloat16)
+    table = evaluate(halves, "toy", {"max_steps": 40}, {"reach": TASKS["reach"]}, held_out_seeds(4), execute=1, num_workers=0)
+    assert table.total.num_successes == 4
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 10), (10, 10), (48, 50), (1, 3)])

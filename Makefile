@@ -36,7 +36,7 @@ lerobot: $(LEROBOT)/.ready-lerobot  ## an environment with lerobot, for its poli
 
 test-lerobot: $(LEROBOT)/.ready-lerobot  ## policies, import and export tried with lerobot itself (Python 3.12 or newer)
 	@echo "tests with lerobot"
-	$(LEROBOT)/bin/python -m pytest -q --durations=5 tests/lerobot
+	$(LEROBOT)/bin/python -m pytest -q --durations=5 -n $(WORKERS) --max-worker-restart=0 --dist loadfile tests/lerobot
 
 bench: $(VENV)/.ready-dev  ## every benchmark, and benchmarks/RESULTS.md from their results
 	@tools/setup_peers.sh || echo "bench  without these peers: their rows will say so"

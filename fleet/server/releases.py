@@ -130,7 +130,8 @@ class ReleaseStore:
         try:
             return path.read_bytes()
         except FileNotFoundError:
-            raise ReleaseError(f"there is no {what} {id}", remedy="ask for the newest release") from None
+            name = "release" if what == "manifest" else what
+            raise ReleaseError(f"there is no {name} {id}", remedy="ask for the newest release") from None
 
     def manifest(self, version: int) -> Manifest:
         """The manifest of a version. The signature is not checked: this is the run's own disk.

@@ -35,6 +35,7 @@ def test_show_and_export_as_users_type_them(first, tmp_path):
     for arguments, said in (
         (("export", first.path, folder), "holds something"),
         (("show", tmp_path / "nothing"), "there is no policy at"),
+        (("show", f"{first.path}@99"), "there is no release 99"),
         (("export", tmp_path / "nothing", tmp_path / "other"), "is not a folder"),
     ):
         code, _, err = answer("policy", *arguments)

@@ -103,6 +103,7 @@ class ControlLoop:
                 self._episode(episode, task, seed, obs)
             except Overflow:
                 self.num_lost_episodes += 1
+                self.robot.send(self.robot.hold())  # or it would go on with its last action until there is room
                 self._put_when_free(RecordKind.CLOSE, episode, outcome="aborted", judge="courier too slow", length=-1)
             episode += 1
             gc.collect()

@@ -165,3 +165,33 @@ def test_in_simulated_time_no_chunk_is_late_and_asking_ahead_changes_nothing():
     tables, loop, _ = run_episodes(SlowRunner(0.02), chunking="async", execute=4, robot=ToyRobot(max_steps=20))
     assert loop.num_held == 0
     assert [s["chunk_index"] for s in tables["steps"]] == [0, 1, 2, 3] * 5
+
+
+class HangsOnce(ConstantRunner):
+    """A policy whose second call does not come back for a while."""
+
+    def act(self, *args):
+        chunk = super().act(*args)
+        if self.num_calls == 2:
+            time.sleep(1.5)
+        actions_HA = np.full((100, 2), 0.1, np.float32)
+        return dataclasses.replace(chunk, actions_HA=actions_HA)
+
+
+class Remembers(ToyRobot):
+    def send(self, action):
+        self.sent = [*getattr(self, "sent", []), (time.monotonic(), np.array(action))]
+        return super().send(action)
+
+
+def test_a_robot_whose_policy_hangs_does_not_go_on_moving_when_nothing_more_can_be_recorded():
+    robot = Remembers(control_hz=100, max_steps=60)
+    tables, loop, _ = run_episodes(HangsOnce([0, 0]), robot=robot, realtime=True, episodes=2, execute=4)
+    assert loop.num_lost_episodes == 1
+    times_s, actions = zip(*robot.sent, strict=True)
+    stall = int(np.argmax(np.diff(times_s)))
+    assert times_s[stall + 1] - times_s[stall] > 0.5 and 20 < stall < 60  # nobody reads what is recorded
+    np.testing.assert_array_equal(actions[stall], robot.hold())
+    assert (actions[stall - 1] == 0.1).all()  # in the middle of a chunk
+    closed = [(e["outcome"], e["judge"]) for e in tables["episodes"] if e["event"] == "closed"]
+    assert closed[0] == ("aborted", "courier too slow") and len(closed) == 2

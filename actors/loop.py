@@ -148,7 +148,7 @@ class ControlLoop:
     def _show(self, episode: int, frame: int, obs: Observation) -> None:
         record = self._reserve(RecordKind.OBSERVE, episode)
         record["frame_index"], record["wants_chunk"] = frame, self.plan.due(frame)
-        prefix_DA = self.plan.prefix(frame) if record["wants_chunk"] else ()
+        prefix_DA = self.safety.ahead(self.plan.prefix(frame)) if record["wants_chunk"] else ()
         record["delay"] = len(prefix_DA)
         if len(prefix_DA):
             record["prefix"][: len(prefix_DA)] = prefix_DA

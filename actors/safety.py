@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -40,6 +41,11 @@ class SafetyFilter:
         self.num_clipped += usable and not np.array_equal(safe, action)
         self._last = np.asarray(safe, np.float32)
         return self._last, usable
+
+    def ahead(self, actions_DA: np.ndarray) -> np.ndarray:
+        """(D, A): what these actions would become, one after the other, if they came next."""
+        twin = copy.copy(self)
+        return np.array([twin(action, action)[0] for action in actions_DA], np.float32)
 
     @property
     def _bounded(self) -> bool:

@@ -92,7 +92,8 @@ class Worker:
             frame += 1
             take(frame)
             if plan.due(frame):
-                chunk = self._chunk(frame, obs or self.robot.observe(), task, embedding, plan.prefix(frame), seed)
+                prefix_DA = self._safety.ahead(plan.prefix(frame))
+                chunk = self._chunk(frame, obs or self.robot.observe(), task, embedding, prefix_DA, seed)
                 coming.append(chunk)
                 take(frame)
             proposal = plan.propose(frame)

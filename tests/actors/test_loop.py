@@ -195,3 +195,21 @@ def test_a_robot_whose_policy_hangs_does_not_go_on_moving_when_nothing_more_can_
     assert (actions[stall - 1] == 0.1).all()  # in the middle of a chunk
     closed = [(e["outcome"], e["judge"]) for e in tables["episodes"] if e["event"] == "closed"]
     assert closed[0] == ("aborted", "courier too slow") and len(closed) == 2
+
+
+class SlowAndLoud(ConstantRunner):
+    """Needs two ticks, proposes more than the robot takes, and keeps what it is to continue."""
+
+    def act(self, *args):
+        self.prefixes = [*getattr(self, "prefixes", []), np.array(args[-1])]
+        time.sleep(0.05)
+        return super().act(*args)
+
+
+def test_a_policy_continues_what_is_executed_not_what_was_proposed():
+    runner = SlowAndLoud([1.5, -0.5])
+    tables, _, _ = run_episodes(runner, robot=ToyRobot(control_hz=40, max_steps=40), realtime=True, chunking="async")
+    assert max(len(prefix_DA) for prefix_DA in runner.prefixes) >= 2
+    for prefix_DA in runner.prefixes:
+        np.testing.assert_array_equal(prefix_DA, np.tile(np.float32([1.0, -0.5]), (len(prefix_DA), 1)))
+    assert tables["steps"][-1]["action"].tolist() == [1.0, -0.5]

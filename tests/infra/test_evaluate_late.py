@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save
 
+from actors.policy_inference import ActingPolicy
 from actors.safety import SafetyConfig
 from algorithms.policies.registry import build, describe
 from fleet.errors import ConfigError, PolicyError
@@ -45,6 +46,19 @@ def test_a_chunk_that_continues_what_is_executed_does_not_jump():
     naive, continued = (run({"max_delay": n}, execute=4, chunking="async", delay=3) for n in (0, 4))
     assert naive.border_change == pytest.approx(0.02, abs=0.003)
     assert continued.border_change == pytest.approx(0.001, abs=0.001)
+
+
+def test_what_is_continued_is_what_the_robot_does_not_what_it_was_told(monkeypatch):
+    told, act = [], ActingPolicy.__call__
+
+    def listen(self, obs, embedding, prefix_DA, *others):
+        told.append(prefix_DA)
+        return act(self, obs, embedding, prefix_DA, *others)
+
+    monkeypatch.setattr(ActingPolicy, "__call__", listen)
+    run(execute=4, chunking="async", delay=3, safety=SafetyConfig(max_delta=0.0004))  # on its way all the time
+    changes = np.concatenate([np.diff(prefix_DA[:, 0]) for prefix_DA in told if len(prefix_DA)])
+    assert len(changes) > 10 and np.abs(changes) == pytest.approx(0.0004, rel=1e-3)
 
 
 def test_a_prefix_that_is_longer_than_the_policy_can_continue_is_cut():

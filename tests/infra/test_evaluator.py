@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import save
 
-from algorithms.policies.registry import build
+from algorithms.policies.registry import build, describe
 from fleet.config import load_run
 from fleet.errors import ConfigError, RobotError, StorageError
 from fleet.identity import create_run_keys
@@ -28,7 +28,6 @@ from fleet.spec import STATE
 from infra.evaluator import EvaluatorConfig, due, serve
 from infra.results import add_results, newest_tested, read_results, results_file, success_rate
 from infra.run_config import load_tables, write_catalogue
-from algorithms.policies.registry import describe
 from tests.command_line import ENV, ROOT
 
 RUN_FILE = """

@@ -27,14 +27,14 @@ from torch import Tensor, nn
 
 from algorithms.policies.base import ADVANTAGE, DELAY, PREFIX, Chunk
 from algorithms.policies.flow_config import CHAIN, INDEX, PREFIXED, FlowConfig, check_flow, flow_spec
-from algorithms.policies.flow_head import FlowHead
+from algorithms.policies.flow_head import FlowHead, by_number, by_time
 from algorithms.policies.flow_sde import log_normal, normal_kl, sde_step, sigmas, times
 from algorithms.policies.normalise import ActionScale, full_precision
 from algorithms.policies.observation import EncoderConfig, ObservationEncoder
 from algorithms.policies.statistics import Statistics
 from fleet.errors import PolicyError
 
-Flow = Callable[[Tensor, Tensor], tuple[Tensor, "Tensor | None"]]  # x_BHA, time_B -> velocity, second output of the head
+Flow = Callable[[Tensor, Tensor], tuple[Tensor, "Tensor | None"]]  # x_BHA, when_B -> velocity, second output of the head
 
 
 class FlowPolicy(nn.Module):
@@ -95,7 +95,8 @@ class FlowPolicy(nn.Module):
             start_BHA = self.start_HA.float().repeat(batch, 1, 1) if noise is None else self._here(noise["start"])
             drawn = noise if self.spec.density else None
             clean_BHA = None if prefix_BHA is None else self.scale.normalise(prefix_BHA)
-            states, laws = self._integrate(self.flow(obs, fixed_BH, guidance), start_BHA, drawn, clean_BHA, fixed_BH)
+            flow = self.flow(obs, fixed_BH, guidance, by_step=True)
+            states, laws = self._integrate(flow, start_BHA, drawn, clean_BHA, fixed_BH)
             chunk = Chunk(_inpaint(self.scale.restore(states[-1]), prefix_BHA, fixed_BH))
             if drawn is not None:
                 index_BJ = self._record(chunk, states, drawn, fixed_BH)
@@ -128,7 +129,7 @@ class FlowPolicy(nn.Module):
             index_BJ = torch.arange(self.num_steps, device=chain_BJHA.device).expand(batch, -1)
             if INDEX in self.spec.replay:
                 index_BJ = self._replayed(chunk, INDEX).long()
-            flow = self.flow(obs, self._fixed(chunk))
+            flow = self.flow(obs, self._fixed(chunk), by_step=True)
             laws = [self._step(flow, chain_BJHA[:, j], index_BJ[:, j])[1:] for j in range(self._num_drawn)]
             return torch.stack([mean for mean, _ in laws], 1), torch.stack([std for _, std in laws], 1)
 
@@ -172,6 +173,7 @@ class FlowPolicy(nn.Module):
         guidance: float = 1.0,
         augment: Any = None,
         seen_BH: Tensor | None = None,
+        by_step: bool = False,
     ) -> Flow:
         """(x_BHA, time_B) -> (velocity, second output of the head) for these observations.
 
@@ -179,22 +181,22 @@ class FlowPolicy(nn.Module):
             fixed_BH: bool, actions that are clean: their time is 0.
             augment: Noise that moves images, while training.
             seen_BH: bool, actions that others may look at; None: all.
+            by_step: The function takes numbers of steps instead of times, and is cheaper (``by_number``).
         """
         memory = self.head.memory(self.encoder(obs, augment))
-        given_BF = absent_BF = None
-        if self.advantage is not None:
-            sign_B = obs.get(ADVANTAGE, torch.zeros(len(memory[0][0]), device=self.start_HA.device))
-            given_BF = self.advantage((sign_B > 0) + 2 * (sign_B < 0).long())
-            absent_BF = self.advantage.weight[:1].expand_as(given_BF)
+        kind_B = torch.zeros(len(memory[0][0]), dtype=torch.long, device=self.start_HA.device)  # absent
+        if self.advantage is not None and ADVANTAGE in obs:
+            kind_B = (obs[ADVANTAGE] > 0) + 2 * (obs[ADVANTAGE] < 0).long()
+        given = (self.head, fixed_BH, self.advantage)
+        ask = by_number(*given, self.num_steps) if by_step else by_time(*given)
 
-        def velocity(x_BHA: Tensor, time_B: Tensor) -> tuple[Tensor, Tensor | None]:
-            time = time_B if fixed_BH is None else time_B[:, None] * ~fixed_BH
+        def velocity(x_BHA: Tensor, when_B: Tensor) -> tuple[Tensor, Tensor | None]:
             if self.advantage is None or guidance == 1:
-                return self.head(x_BHA, time, memory, given_BF, seen_BH)
-            absent_BHA, spread_BHA = self.head(x_BHA, time, memory, absent_BF, seen_BH)
+                return self.head(x_BHA, ask(when_B, kind_B), memory, seen_BH)
+            absent_BHA, spread_BHA = self.head(x_BHA, ask(when_B, torch.zeros_like(kind_B)), memory, seen_BH)
             if guidance == 0:
                 return absent_BHA, spread_BHA
-            v_BHA, spread_BHA = self.head(x_BHA, time, memory, given_BF, seen_BH)
+            v_BHA, spread_BHA = self.head(x_BHA, ask(when_B, kind_B), memory, seen_BH)
             return absent_BHA + guidance * (v_BHA - absent_BHA), spread_BHA
 
         return velocity
@@ -242,7 +244,7 @@ class FlowPolicy(nn.Module):
         """From x at the step ``index_B`` of each row: where the ODE leads, and mean and deviation of a drawn step."""
         num_steps = self.num_steps
         time_B = times(num_steps).float().to(x_BHA.device)[index_B]
-        v_BHA, spread_BHA = flow(x_BHA, time_B)
+        v_BHA, spread_BHA = flow(x_BHA, index_B)
         ode_BHA = x_BHA - v_BHA / num_steps
         if spread_BHA is not None:
             low, high = (math.log(std) for std in self._config.noise_std)

@@ -51,19 +51,25 @@ class Block(nn.Module):
             nn.init.zeros_(self.modulation.weight)
             nn.init.zeros_(self.modulation.bias)
 
+    def ask(self, condition: Tensor) -> Tensor:
+        """What a condition (B, C), or (B, N, C) by token, asks of the sublayers: to be used by several calls."""
+        assert self.modulation is not None
+        asked: Tensor = self.modulation(functional.silu(condition))
+        return asked
+
     def forward(
         self,
         x_BNF: Tensor,
         memory: tuple[Tensor, Tensor] | None = None,
         *,
         mask: Tensor | None = None,
-        condition: Tensor | None = None,
+        asked: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
             memory: ``self.cross.memory(tokens)``.
             mask: Of the self-attention, see ``Attention``.
-            condition: (B, C), or (B, N, C) by token.
+            asked: ``self.ask(condition)``.
         """
         sublayers = [lambda y: self.attention(y, self.attention.memory(y), mask)]
         if self.cross is not None:
@@ -73,11 +79,9 @@ class Block(nn.Module):
         sublayers.append(self.layer)
         parts: list[tuple[Tensor, ...]] = []
         if self.modulation is not None:
-            assert condition is not None
-            modulation = self.modulation(functional.silu(condition))
-            if modulation.dim() == 2:
-                modulation = modulation[:, None]
-            parts = list(zip(*[iter(modulation.chunk(3 * len(sublayers), -1))] * 3, strict=True))
+            assert asked is not None
+            asked = asked[:, None] if asked.dim() == 2 else asked
+            parts = list(zip(*[iter(asked.chunk(3 * len(sublayers), -1))] * 3, strict=True))
         for i, (norm, sublayer) in enumerate(zip(self.norms, sublayers, strict=True)):
             y = norm(x_BNF)
             if parts:

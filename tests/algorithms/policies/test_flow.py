@@ -44,10 +44,21 @@ def nudge(policy, by, seed):
             parameter.add_(by * torch.randn(parameter.shape, generator=g))
 
 
+def asked(policy, obs, time):
+    given = None if policy.advantage is None else policy.advantage(torch.tensor([2, 0, 1])[obs[ADVANTAGE].long() + 1])
+    return policy.head.ask(time, given)
+
+
 def velocities(policy, obs, x_BHA, time):
     """The head's, without whatever the policy does around it."""
-    given = None if policy.advantage is None else policy.advantage(torch.tensor([2, 0, 1])[obs[ADVANTAGE].long() + 1])
-    return policy.head(x_BHA, time, policy.head.memory(policy.encoder(obs)), given)[0]
+    return policy.head(x_BHA, asked(policy, obs, time), policy.head.memory(policy.encoder(obs)))[0]
+
+
+def spied(policy):
+    """The times that its head is asked about from now on."""
+    ask, seen = policy.head.ask, []
+    policy.head.ask = lambda time, given=None: seen.append(time) or ask(time, given)
+    return seen
 
 
 def test_the_density_is_that_of_each_transition():
@@ -155,6 +166,28 @@ def test_gradients_of_log_prob_are_those_of_finite_differences(name):
         torch.testing.assert_close((ends[0] - ends[1]) / (2 * step), slope, rtol=0.02, atol=0.1)
 
 
+@pytest.mark.parametrize("name", [SDE, ONE, LEARNED])
+def test_steps_by_number_are_those_by_time(name):
+    policy = make(name)
+    obs, x = observe(policy.spec), noise(policy)["start"]
+    fixed = None
+    if policy.spec.max_delay:
+        fixed = torch.arange(policy.spec.horizon) < torch.arange(B)[:, None] % (policy.spec.max_delay + 1)
+    index = torch.arange(B) % K
+    for guidance in (1.0, 0.0, 2.0):
+        by_time, by_number = (policy.flow(obs, fixed, guidance, by_step=by_step) for by_step in (False, True))
+        for one, other in zip(by_time(x, times(K).float()[index]), by_number(x, index), strict=True):
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_condition_that_it_does_not_take_is_not_looked_at():
+    policy = make(ONE)
+    obs = observe(policy.spec)
+    said = {**obs, ADVANTAGE: torch.ones(B)}
+    assert torch.equal(policy.act(said).actions_BHA, policy.act(obs).actions_BHA)
+
+
 def test_guidance_is_linear_in_the_velocity():
     policy = tiny(advantage=True, num_steps=1, noise_level=0.5)
     obs = {**observe(policy.spec), ADVANTAGE: torch.tensor([1.0, -1, 1, -1, 0])}
@@ -185,10 +218,11 @@ def test_times_of_the_loss(scale):
     num, seen = 20_000 * scale, []
     for sampling in ("uniform", "beta"):
         policy = tiny(time_sampling=sampling)
-        policy.head.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+        times_B = spied(policy)
         policy.imitation_loss(
             {STATE: torch.zeros(num, 2)}, Chunk(torch.zeros(num, 2, 2)), torch.ones(num, 2), noise(policy, num)
         )
+        seen += times_B
     uniform, beta = (time.numpy() for time in seen)
     quantiles = np.array([0.1, 0.5, 0.9])
     np.testing.assert_allclose(np.quantile(uniform, quantiles), quantiles, atol=0.02)
@@ -206,9 +240,9 @@ def test_a_prefix_stays_clean_at_every_step():
         seen.clear()
         chunk = policy.act(obs, drawn)
         assert len(seen) == K
-        for (x, time), t in zip(seen, times(K), strict=True):
+        for (x, wanted), t in zip(seen, times(K), strict=True):
             assert torch.equal(x[fixed], clean[fixed])
-            torch.testing.assert_close(time, torch.where(fixed, 0.0, t.float()))
+            torch.testing.assert_close(wanted, asked(policy, obs, torch.where(fixed, 0.0, t.float())))
     assert torch.equal(chunk.replay[PREFIXED][:, 0], obs[DELAY])
     mask_BKH = policy.decision_mask(chunk, torch.ones_like(fixed).float()).unflatten(1, (K, -1))
     log_prob_BKH = chunk.log_prob_BT.unflatten(1, (K, -1))
@@ -225,15 +259,15 @@ def test_the_loss_behind_a_prefix():
     obs, drawn, (chunk, _) = observe(policy.spec), noise(policy), targets(policy.spec)
     mask_BH = torch.ones(B, policy.spec.horizon)
     drawn["delay"] = torch.arange(B) % (policy.spec.max_delay + 1)
-    kept = []
+    kept, seen = [], spied(policy)
     policy.head.register_forward_hook(lambda _, args, out: kept.append((args, out[0])) or out[0].retain_grad())
     loss_B = policy.imitation_loss(obs, chunk, mask_BH, drawn)
     loss_B.sum().backward()
-    (x, time, *_), v = kept[0]
+    (x, *_), v = kept[0]
     fixed = torch.arange(policy.spec.horizon) < drawn["delay"][:, None]
     assert (v.grad[fixed] == 0).all() and (v.grad[~fixed] != 0).all()
     assert torch.equal(x[fixed], policy.scale.normalise(chunk.actions_BHA)[fixed])
-    assert torch.equal(time, torch.where(fixed, 0.0, drawn["time"][:, None]))
+    assert torch.equal(seen[0], torch.where(fixed, 0.0, drawn["time"][:, None]))
     error_BH = ((v - (drawn["start"] - policy.scale.normalise(chunk.actions_BHA))) ** 2).mean(-1)
     expected = torch.stack([error[~hidden].mean() for error, hidden in zip(error_BH, fixed, strict=True)])
     torch.testing.assert_close(loss_B, expected)

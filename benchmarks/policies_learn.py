@@ -80,7 +80,7 @@ def _outcome(run: RunFolder, case: Case, seed: int, counts: dict[str, int]) -> O
         return Outcome(case.name, seed, why=why)
     outcome = Outcome(case.name, seed, **json.loads(done.stdout.splitlines()[-1]))
     tasks = ", ".join(f"{task.removesuffix('-v3')} {won}/{num}" for task, num, won, _ in outcome.rows[:-1])
-    seconds = f"{outcome.train_s:.0f} s of training, {outcome.test_s:.0f} s of tests"
+    seconds = f"{outcome.train_s:.0f} processor s of training, {outcome.test_s:.0f} of tests"
     say(f"{case.name}, seed {seed}: {outcome.rate:.1f} %, {seconds}; {tasks}")
     return outcome
 
@@ -99,7 +99,7 @@ def rows_of(outcomes: Sequence[Outcome]) -> list[Row]:
     for name in rates:
         each = known[name]
         rows.append(Row(f"{name}: parameters", each[0].parameters, "", repeats=len(each)))
-        rows.append(measured(f"{name}: training", [o.train_s for o in each], "s"))
+        rows.append(measured(f"{name}: training, one thread", [o.train_s for o in each], "processor s"))
         rows.append(measured(f"{name}: inference, batch 1, one thread", [ms for o in each for ms in o.inference_ms], "ms", 2))
     return rows + [_by_task(name, known[name]) for name in rates if len(known[name][0].rows) > 2]
 

@@ -29,7 +29,8 @@ INFERENCES = 50
 
 
 def train(run: RunFolder, settings: dict[str, Any]) -> float:
-    """Trains to the end and publishes the average; returns the seconds between the first and the last update."""
+    """Trains to the end and publishes the average; returns the processor seconds between the first and the last update: other
+    work on the machine does not count."""
     tables = {name: cls(**settings.get(name, {})) for name, cls in LEARNER_TABLES.items()}
     check_learner_tables(tables)
     from learner.train import train as train_run
@@ -38,10 +39,10 @@ def train(run: RunFolder, settings: dict[str, Any]) -> float:
 
     def report(progress: Progress) -> None:
         if progress.step and not began:
-            began.append(time.perf_counter())
+            began.append(time.process_time())
 
     train_run(run, tables, stop=lambda: False, report=report)
-    return time.perf_counter() - began[0]
+    return time.process_time() - began[0]
 
 
 def released_policy(run: RunFolder) -> Any:
@@ -91,12 +92,12 @@ def main() -> None:
     policy = released_policy(run)
     embedding = next(iter(tasks_of(run).values()))
     ms = inference_ms(policy, plausible_observation(policy, embedding))
-    start = time.perf_counter()
+    start = time.process_time()
     version = ReleaseStore(run.releases).newest() or 0
     table = evaluate_version(run, version, "final", held_out_seeds(episodes, first=first), workers=0)
     facts = {
         "train_s": train_s,
-        "test_s": time.perf_counter() - start,
+        "test_s": time.process_time() - start,
         "parameters": sum(p.numel() for p in policy.parameters()),
         "inference_ms": ms,
         "rows": [(row.task, row.num_episodes, row.num_successes, row.mean_steps) for row in (*table.rows, table.total)],

@@ -25,7 +25,7 @@ def test_rows_order_families_by_success_and_judge_them_by_the_best():
     ]
     assert success[0].low == pytest.approx(69.9, abs=0.1) and success[0].high == pytest.approx(97.2, abs=0.1)  # Wilson
     assert rows["broken: success"].value is None and rows["broken: success"].why == "no such family"
-    assert rows["near: inference, batch 1, one thread"].value == 2.0 and rows["near: training"].value == 12
+    assert rows["near: inference, batch 1, one thread"].value == 2.0 and rows["near: training, one thread"].value == 12
     assert next(row.value for what, row in rows.items() if what.startswith("low: weakest task (push 0")) == 0
 
 

@@ -60,18 +60,27 @@ class Case:
 GRIPPER_AND_CAMERA = {"reads": list(IMAGE_READS), "select": GRIPPER}
 
 LONG = 0.998  # average of transformers, whose losses draw noise
+# Ten demonstrations leave most of many levels unseen: with 127 levels and no blur `token, parallel` came to 78 % of 200 starts
+# after 4,000 updates; with these to 88 % of 100 other ones after 2,000.
+FEW_LEVELS = {"num_bins": 31, "blur": 0.75}
 STATE_CASES = (
     Case("mlp", "mlp", batch_size=256),
     Case("flow", "flow", ema_decay=LONG),
-    Case("token, parallel", "token", {"decoding": "parallel"}, ema_decay=LONG),
-    Case("token, autoregressive", "token", {"decoding": "autoregressive"}, ema_decay=LONG, steps=3000),
-    Case("token, autoregressive, dct", "token", {"decoding": "autoregressive", "codec": "dct"}, ema_decay=LONG),
-    Case("token, diffusion", "token", {"decoding": "diffusion"}, ema_decay=LONG),
+    Case("token, parallel", "token", {"decoding": "parallel", **FEW_LEVELS, "soft_decode": True}, ema_decay=LONG, steps=2000),
+    Case("token, autoregressive", "token", {"decoding": "autoregressive", **FEW_LEVELS}, ema_decay=LONG, steps=2000),
+    Case(
+        "token, autoregressive, dct",
+        "token",
+        {"decoding": "autoregressive", "codec": "dct", "blur": 0.75},
+        ema_decay=LONG,
+        steps=2000,
+    ),
+    Case("token, diffusion", "token", {"decoding": "diffusion", **FEW_LEVELS}, ema_decay=LONG, steps=2000),
 )
 IMAGE_CASES = (
     Case("cnn", "cnn", GRIPPER_AND_CAMERA, batch_size=64, steps=1500),
     Case("small_vla", "small_vla", GRIPPER_AND_CAMERA, batch_size=32, learning_rate=5e-4, steps=1000),
-    Case("token with images", "token", GRIPPER_AND_CAMERA, batch_size=32, steps=1500),
+    Case("token with images", "token", {**GRIPPER_AND_CAMERA, **FEW_LEVELS, "soft_decode": True}, batch_size=32, steps=1500),
 )
 
 CHUNK_TASKS = ("push-v3", "door-open-v3")

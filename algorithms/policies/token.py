@@ -46,7 +46,7 @@ class TokenConfig:
     codec: str = "bins"
     """bins: a token by step and dimension; dct: a token by frequency and dimension."""
     num_bins: int = 127
-    """V, levels of a token; an odd number has one at the middle of the range."""
+    """V, levels of a token; an odd number has one at the middle of the range. Tens of demonstrations want about 31."""
     num_frequencies: int = 0
     """Of dct: the lowest so many are kept; 0: half of them. FAST's scale of 10 is about num_bins = 20 sqrt(H)."""
     num_rounds: int = 8
@@ -58,7 +58,8 @@ class TokenConfig:
     soft_decode: bool = False
     """Of parallel: without noise, act gives the expected value of each token, not the likeliest; it records the nearest."""
     blur: float = 0.0
-    """Deviation, in tokens, of the target distribution of the imitation loss; 0: the true token alone."""
+    """Deviation, in tokens, of the target distribution of the imitation loss; 0: the true token alone. Tens of demonstrations
+    want about 0.75 (as HL-Gauss, arXiv 2403.03950)."""
     width: int = 128
     """F, of all transformer blocks."""
     num_heads: int = 4

@@ -99,7 +99,7 @@ def main() -> None:
     for name in args.families:
         if name not in known:
             raise ConfigError(f"--families {name!r}", rule="a name of the table", remedy=nearest(name, known))
-    counts, command = QUICK if args.quick else FULL, "python -m benchmarks.policies " + " ".join(sys.argv[1:])
+    counts, command = QUICK if args.quick else FULL, "python -m benchmarks.policies --only"  # of each part, without folders
     folder = args.folder or Path(tempfile.mkdtemp(prefix="fleet-policies-"))
     every: list[Row] = []
     try:
@@ -108,7 +108,7 @@ def main() -> None:
             for row in rows:
                 say(f"{row.what}: {row.value} {row.unit} {row.why}")
             if not args.quick and not args.families:
-                say(f"saved: {save(f'policies_{part}', rows, command.strip())}")
+                say(f"saved: {save(f'policies_{part}', rows, f'{command} {part} --seeds {args.seeds}')}")
             every += rows
     finally:
         if args.folder is None:

@@ -98,7 +98,7 @@ def rows_of(outcomes: Sequence[Outcome]) -> list[Row]:
             rows.append(missing(f"{name}: success", "%", each[0].why))
     for name in rates:
         each = known[name]
-        rows.append(Row(f"{name}: parameters", each[0].parameters, "", repeats=len(each)))
+        rows.append(Row(f"{name}: parameters", round(each[0].parameters / 1e6, 2), "million", repeats=len(each)))
         rows.append(measured(f"{name}: training, one thread", [o.train_s for o in each], "processor s"))
         rows.append(measured(f"{name}: inference, batch 1, one thread", [ms for o in each for ms in o.inference_ms], "ms", 2))
     return rows + [_by_task(name, known[name]) for name in rates if len(known[name][0].rows) > 2]

@@ -5,6 +5,7 @@
     python -m benchmarks.policies --quick                # all at small counts, in minutes; nothing is saved
 
 state: ten Meta-World tasks, 10 scripted demonstrations a task, the 39 numbers of the simulator's state.
+control: the same with the network of mlp and other losses, to tell what the loss costs.
 images: one task, 20 demonstrations, one camera of 84 x 84 pixels and 4 of the 39 numbers: of the gripper, not of objects.
 speed: milliseconds of ``act`` at chunks of 16, compiled and not, and bytes of a release.
 latency: success and jumps between chunks of the flow policy when chunks come late.
@@ -26,7 +27,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.buffer_report import say
-from benchmarks.policies_cases import IMAGE_CASES, IMAGE_TASK, STATE_CASES
+from benchmarks.policies_cases import CONTROL_CASES, IMAGE_CASES, IMAGE_TASK, STATE_CASES
 from benchmarks.policies_data import MT10, make_demonstrations
 from benchmarks.policies_latency import measure_latency
 from benchmarks.policies_learn import learn, rows_of
@@ -36,7 +37,8 @@ from fleet.errors import ConfigError
 from fleet.lookup import nearest
 from fleet.seeds import CLAIMS
 
-PARTS = ("state", "images", "speed", "latency")
+PARTS = ("state", "control", "images", "speed", "latency")
+CASES = {"state": STATE_CASES, "control": CONTROL_CASES, "images": IMAGE_CASES}
 IMAGE_SIZE = 84
 
 
@@ -58,12 +60,14 @@ QUICK = Counts((2, 2), (1, 2), 0.01, 5, first_start=0)
 def measure_learning(part: str, folder: Path, counts: Counts, args: argparse.Namespace) -> list[Row]:
     """Rows of the ten tasks, or of the one with images."""
     images = part == "images"
-    tasks, cases = ({IMAGE_TASK: MT10[IMAGE_TASK]}, IMAGE_CASES) if images else (MT10, STATE_CASES)
-    chosen = [case.shortened(counts.steps) for case in cases if not args.families or case.name in args.families]
+    tasks = {IMAGE_TASK: MT10[IMAGE_TASK]} if images else MT10
+    chosen = [case.shortened(counts.steps) for case in CASES[part] if not args.families or case.name in args.families]
     if not chosen:
         return []
     size = IMAGE_SIZE if images else 0
-    demonstrations = make_demonstrations(folder / f"demonstrations-{part}", tasks, counts.demonstrations[images], size)
+    demonstrations = make_demonstrations(
+        folder / f"demonstrations-{'images' if images else 'state'}", tasks, counts.demonstrations[images], size
+    )
     outcomes = learn(
         demonstrations,
         chosen,
@@ -95,7 +99,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small counts; nothing is saved")
     parser.add_argument("--json", action="store_true", help="print the rows")
     args = parser.parse_args()
-    known = [case.name for case in (*STATE_CASES, *IMAGE_CASES)]
+    known = [case.name for cases in CASES.values() for case in cases]
     for name in args.families:
         if name not in known:
             raise ConfigError(f"--families {name!r}", rule="a name of the table", remedy=nearest(name, known))

@@ -77,6 +77,11 @@ STATE_CASES = (
     ),
     Case("token, diffusion", "token", {"decoding": "diffusion", **FEW_LEVELS}, ema_decay=LONG, steps=2000),
 )
+CONTROL_CASES = (  # of the part "control": the first of these with other losses
+    Case("mlp, absolute error", "mlp", batch_size=256),
+    Case("mlp, squared error", "benchmarks.policies_control:SquaredMlp", batch_size=256),
+    Case("mlp, 31 levels, cross-entropy", "benchmarks.policies_control:LevelsMlp", batch_size=256),
+)
 IMAGE_CASES = (
     Case("cnn", "cnn", GRIPPER_AND_CAMERA, batch_size=64, steps=1500),
     Case("small_vla", "small_vla", GRIPPER_AND_CAMERA, batch_size=32, learning_rate=5e-4, steps=1000),

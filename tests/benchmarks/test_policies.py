@@ -3,7 +3,7 @@ cannot be trained."""
 
 import pytest
 
-from benchmarks.policies_cases import IMAGE_CASES, STATE_CASES, Case
+from benchmarks.policies_cases import CONTROL_CASES, IMAGE_CASES, STATE_CASES, Case
 from benchmarks.policies_data import make_demonstrations
 from benchmarks.policies_learn import Outcome, learn, rows_of
 from benchmarks.policies_speed import CASES, make_policy, release_bytes
@@ -44,7 +44,7 @@ def test_every_case_can_be_built_and_weighs_what_it_has(key):
 
 
 def test_names_of_cases_are_files_of_their_own():
-    names = [case.name for case in (*STATE_CASES, *IMAGE_CASES)]
+    names = [case.name for case in (*STATE_CASES, *CONTROL_CASES, *IMAGE_CASES)]
     assert len(set(names)) == len(names)
     assert Case("x", "mlp", steps=100).shortened(0.001).steps == 2
 

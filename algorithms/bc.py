@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from algorithms.base import Batch, LossOutput, Part, noise_of
+from algorithms.base import NO_FACTS, Batch, DataFacts, LossOutput, Part, noise_of
 from algorithms.ema import Ema
 from algorithms.policies.base import Chunk
 from algorithms.windows import fill_with_last_action
@@ -47,7 +47,7 @@ class Bc:
     name = "bc"
     Config = BcConfig
 
-    def __init__(self, policy: Any, config: BcConfig) -> None:
+    def __init__(self, policy: Any, config: BcConfig, data: DataFacts = NO_FACTS) -> None:
         if not 0 <= config.ema_decay < 1 or config.batch_size < 1:
             raise ConfigError(
                 f"bc has ema_decay {config.ema_decay}, batch_size {config.batch_size}",

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from algorithms.base import Batch, LossOutput, Part, noise_of
+from algorithms.base import NO_FACTS, Batch, DataFacts, LossOutput, Part, noise_of
 from algorithms.ema import Ema
 from algorithms.policies.base import Chunk
 from algorithms.windows import fill_with_last_action
@@ -67,7 +67,7 @@ class HgDagger:
     name = "hg_dagger"
     Config = HgDaggerConfig
 
-    def __init__(self, policy: Any, config: HgDaggerConfig) -> None:
+    def __init__(self, policy: Any, config: HgDaggerConfig, data: DataFacts = NO_FACTS) -> None:
         if not 0 < config.operator_share < 1 or not 0 <= config.ema_decay < 1 or config.batch_size < 1:
             raise ConfigError(
                 f"hg_dagger has operator_share {config.operator_share}, ema_decay {config.ema_decay}, "

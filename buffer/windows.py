@@ -57,6 +57,7 @@ class WindowMaker:
             facts={
                 "inside_at": {offset: walk.inside_BW[:, back + offset].copy() for offset in others},
                 "mask_BH": mask_BH.copy(),
+                "source_BH": index.source[steps_BH],
                 **self._facts(steps_B, needs.discount),
                 **self._rewards(steps_BH, mask_BH),
             },

@@ -226,8 +226,9 @@ class Windows:
     inside_at: offset -> (B,), False where that step lies beyond the border and the last one inside is repeated.
     actions_BHA: executed actions, float32. rewards_BH: next.reward, 0 where masked. terminated_BH, truncated_BH: False
     where masked. mask_BH: True where the step lies inside of the border.
-    source_B: fleet.robot.Source. task_B: index into the sampler's task names. version_B: policy version behind t, -1
-    for none. step_B, episode_B: the sampler's own numbers, for feedback and grouping. frame_B: frame_index of t.
+    source_BH: fleet.robot.Source of each step; where masked, of the last one inside. source_B: the same at t.
+    task_B: index into the sampler's task names. version_B: policy version behind t, -1 for none.
+    step_B, episode_B: the sampler's own numbers, for feedback and grouping. frame_B: frame_index of t.
     steps_to_go_B: steps from t to the episode's end, t included; -1 while it is open. outcome_B: Outcome.
     return_B: discounted sum of the rewards from t to the episode's end, NaN while it is open.
     weight_B: importance weights of a prioritised draw, at most 1; else ones. The largest of a shard's part of the batch is 1.
@@ -246,6 +247,7 @@ class Windows:
     terminated_BH: np.ndarray
     truncated_BH: np.ndarray
     mask_BH: np.ndarray
+    source_BH: np.ndarray
     source_B: np.ndarray
     task_B: np.ndarray
     version_B: np.ndarray

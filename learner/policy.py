@@ -10,8 +10,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from algorithms.policies.base import INSTRUCTION
 from algorithms.policies.frozen import fingerprints
 from algorithms.policies.normalise import ActionScale
@@ -43,7 +41,7 @@ def make_policy(
     instruction_dim: int,
     source: BatchSource,
     ranks: Ranks,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """A policy with its first weights and statistics, or as the checkpoint describes it; and its description.
 
     Args:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from algorithms.base import Batch, LossOutput, Part
+from algorithms.base import NO_FACTS, Batch, DataFacts, LossOutput, Part
 from algorithms.policies.base import INSTRUCTION, PolicySpec
 from fleet.batch import BatchNeeds, Windows
 from fleet.errors import NoData
@@ -88,6 +88,7 @@ class MemorySource:
             terminated_BH=np.zeros(shape, bool),
             truncated_BH=np.zeros(shape, bool),
             mask_BH=rng.random(shape) < 0.9,
+            source_BH=np.full(shape, int(Source.DEMO), np.uint8),
             source_B=np.full(needs.batch_size, int(Source.DEMO), np.uint8),
             task_B=task,
             version_B=nothing,
@@ -142,7 +143,7 @@ class Pair:
 
     name, Config = "pair", PairConfig
 
-    def __init__(self, policy: Any, config: PairConfig) -> None:
+    def __init__(self, policy: Any, config: PairConfig, data: DataFacts = NO_FACTS) -> None:
         def sgd(parameters: Any) -> torch.optim.Optimizer:
             return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=0.9)
 

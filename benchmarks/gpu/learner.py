@@ -70,6 +70,7 @@ def make_batch(config: TransformerConfig, size: int, device: torch.device) -> Ba
         terminated_BH=no_BH,
         truncated_BH=no_BH,
         mask_BH=~no_BH,
+        source_BH=whole(int(Source.DEMO))[:, None].expand(-1, config.horizon),
         source_B=whole(int(Source.DEMO)),
         **{name: whole(0) for name in whole_numbers},
         return_B=whole(0).float(),

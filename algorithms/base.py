@@ -110,6 +110,8 @@ class Algorithm(Protocol):
     ``DataFacts``. The parts are updated in their order, each freezing the others."""
 
     name: str
+    advice: str
+    """One sentence on what it lacks to do its work ("no failed episode yet: ..."), shown to people; "" for nothing."""
     parts: dict[str, Part]
     frozen: dict[str, nn.Module]
     needs: BatchNeeds

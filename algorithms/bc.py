@@ -45,6 +45,7 @@ class Bc:
     """Implements ``algorithms.base.Algorithm`` with one part, "policy"."""
 
     name = "bc"
+    advice = ""
     Config = BcConfig
 
     def __init__(self, policy: Any, config: BcConfig, data: DataFacts = NO_FACTS) -> None:

@@ -65,6 +65,7 @@ class HgDagger:
     """Implements ``algorithms.base.Algorithm`` with one part, "policy"."""
 
     name = "hg_dagger"
+    advice = ""
     Config = HgDaggerConfig
 
     def __init__(self, policy: Any, config: HgDaggerConfig, data: DataFacts = NO_FACTS) -> None:

@@ -232,6 +232,9 @@ class Loop:
         stats.update(self._supply.known.staleness())
         with self._timed("after_step"), engine.gathered():
             algorithm.after_step(step, stats)
+        if algorithm.advice != self.progress.advice:
+            self.progress.advice = algorithm.advice
+            self._write("advice", step=step, algorithm=algorithm.name, advice=algorithm.advice)
         self.progress.step, self.progress.stats = step + 1, stats
 
     def _update_part(self, name: str, part: Part, batch: Batch) -> tuple[dict[str, float], np.ndarray | None]:

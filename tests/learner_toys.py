@@ -141,7 +141,7 @@ class LinearPolicy(nn.Module):
 class Pair:
     """A policy trained through a critic, and the critic: what one part's loss does to the other must not show."""
 
-    name, Config = "pair", PairConfig
+    name, Config, advice = "pair", PairConfig, ""
 
     def __init__(self, policy: Any, config: PairConfig, data: DataFacts = NO_FACTS) -> None:
         def sgd(parameters: Any) -> torch.optim.Optimizer:

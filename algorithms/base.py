@@ -45,6 +45,7 @@ class Batch:
     frame_B: Tensor
     steps_to_go_B: Tensor
     outcome_B: Tensor
+    terminated_B: Tensor
     return_B: Tensor
     weight_B: Tensor
     replay: dict[str, Tensor]

@@ -89,6 +89,7 @@ class WindowMaker:
             "frame_B": frame_B,
             "steps_to_go_B": np.where(episodes.finished[episode_B], episodes.length[episode_B] - frame_B, -1),
             "outcome_B": episodes.outcome[episode_B],
+            "terminated_B": episodes.terminated[episode_B],
             "return_B": returns.of(steps_B),
             "weight_B": np.ones(len(steps_B), np.float32),
             "index_B": np.arange(len(steps_B)),

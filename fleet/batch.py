@@ -230,6 +230,8 @@ class Windows:
     task_B: index into the sampler's task names. version_B: policy version behind t, -1 for none.
     step_B, episode_B: the sampler's own numbers, for feedback and grouping. frame_B: frame_index of t.
     steps_to_go_B: steps from t to the episode's end, t included; -1 while it is open. outcome_B: Outcome.
+    terminated_B: True where the episode's newest step says that the task ended; False where it was cut (a time limit, an
+    abort) or goes on.
     return_B: discounted sum of the rewards from t to the episode's end, NaN while it is open.
     weight_B: importance weights of a prioritised draw, at most 1; else ones. The largest of a shard's part of the batch is 1.
     replay: column name -> (B, ...), or (B, longest) padded with zeros for columns of lists.
@@ -256,6 +258,7 @@ class Windows:
     frame_B: np.ndarray
     steps_to_go_B: np.ndarray
     outcome_B: np.ndarray
+    terminated_B: np.ndarray
     return_B: np.ndarray
     weight_B: np.ndarray
     replay: dict[str, np.ndarray]

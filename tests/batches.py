@@ -21,6 +21,7 @@ def make_batch(obs, actions_BHA, *, mask_BH=None, **fields):
         "mask_BH": torch.ones(shape, dtype=torch.bool) if mask_BH is None else mask_BH,
         "source_B": torch.zeros(shape[0], dtype=torch.uint8),
         "task_B": torch.zeros(shape[0], dtype=torch.long),
+        "terminated_B": torch.zeros(shape[0], dtype=torch.bool),
         "return_B": torch.full(shape[:1], np.nan),
         "weight_B": torch.ones(shape[0]),
         "replay": {},

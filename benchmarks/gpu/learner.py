@@ -73,6 +73,7 @@ def make_batch(config: TransformerConfig, size: int, device: torch.device) -> Ba
         source_BH=whole(int(Source.DEMO))[:, None].expand(-1, config.horizon),
         source_B=whole(int(Source.DEMO)),
         **{name: whole(0) for name in whole_numbers},
+        terminated_B=no_BH[:, 0],
         return_B=whole(0).float(),
         weight_B=whole(1).float(),
         replay={},

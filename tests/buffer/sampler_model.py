@@ -183,6 +183,7 @@ def expected(recorder: Recorder, key: tuple[int, int, int], needs: BatchNeeds, r
         "frame": here.frame,
         "steps_to_go": to_go,
         "outcome": int(episode.judged),
+        "ended": episode.steps[-1].terminated,
         "return": total,
         "replay.seed": here.chunk[0] * 10 if here.chunk else 0,
         "log_prob_T": [float(i) for i in range(here.chunk[0] % 4)] if here.chunk else [],
@@ -218,6 +219,7 @@ def row_of(windows, i: int) -> dict:
         "frame": int(windows.frame_B[i]),
         "steps_to_go": int(windows.steps_to_go_B[i]),
         "outcome": int(windows.outcome_B[i]),
+        "ended": bool(windows.terminated_B[i]),
         "return": float(windows.return_B[i]),
         **replay,
     }

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from fleet.errors import ConfigError
 
 KINDS = ("environment", "success", "steps")
 TIMEOUTS = ("bootstrap", "end")
+Stat = Tensor | tuple[Tensor, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +137,31 @@ class Rewards:
         for_ever_B = self._for_ever(torch.full_like(num_steps_B, failing))
         return torch.where(known_B, torch.where(cut_B, for_ever_B, value_B), torch.nan)
 
+    def stats(self, batch: Batch) -> dict[str, Stat]:
+        """What ``RewardWatch`` sees: entries of ``LossOutput.stats``, of the rows that have all of their reward's facts.
+
+        reward_mean, reward_square: of a step. return_known: share of rows whose return is known; return_mean,
+        return_square: of those. known_success, known_failure: shares of rows whose return is known, by outcome;
+        return_success, return_failure: mean returns of those. ended: share of steps that end the task.
+        """
+        reward_BH, mask_BH, return_B = self.rewards_BH(batch), batch.mask_BH.float(), self.return_B(batch)
+        num_rows, num_steps = mask_BH.new_tensor(float(len(mask_BH))), mask_BH.sum()
+        known_B = return_B.isfinite()
+        return_B = return_B.nan_to_num()
+        stats: dict[str, Stat] = {
+            "reward_mean": (reward_BH.sum(), num_steps),
+            "reward_square": ((reward_BH**2).sum(), num_steps),
+            "ended": (self.terminal_BH(batch).float().sum(), num_steps),
+            "return_known": (known_B.float().sum(), num_rows),
+            "return_mean": (return_B.sum(), known_B.float().sum()),
+            "return_square": ((return_B**2).sum(), known_B.float().sum()),
+        }
+        for outcome in (Outcome.SUCCESS, Outcome.FAILURE):
+            name, these_B = outcome.name.lower(), (known_B & (batch.outcome_B == outcome)).float()
+            stats[f"known_{name}"] = (these_B.sum(), num_rows)
+            stats[f"return_{name}"] = ((return_B * these_B).sum(), these_B.sum())
+        return stats
+
     def _failed_end_B(self, batch: Batch) -> Tensor:
         """Failures whose last step ends the task."""
         ends_B = torch.ones_like(batch.terminated_B, dtype=torch.bool) if self.timeouts == "end" else batch.terminated_B.bool()
@@ -162,6 +189,72 @@ class Rewards:
         if self.discount == 1:
             return steps_B
         return -torch.expm1(steps_B * math.log(self.discount)) / (1 - self.discount)
+
+
+class RewardWatch:
+    """Notices rewards from which nothing can be learnt. Everything it says follows from reduced stats, so all ranks say the
+    same; a resumed run begins to watch anew.
+
+    Args:
+        rewards: Whose ``stats`` it sees.
+        any_size: The algorithm brings returns to one size itself; what they are is all the same.
+
+    Attributes:
+        advice: One sentence for ``Algorithm.advice``; "" where rewards look as they should, or too few batches were seen.
+    """
+
+    MIN_UPDATES, MEMORY = 20, 0.99  # batches seen before anything is said; weight of the past, of each further one
+    LARGE, SMALL = 1e3, 1e-2  # root mean square of returns outside of which critics learn badly
+
+    def __init__(self, rewards: Rewards, any_size: bool = False) -> None:
+        self.advice = ""
+        self._rewards, self._any_size, self._updates = rewards, any_size, 0
+        self._sums: dict[str, float] = {}
+
+    def see(self, stats: Mapping[str, float]) -> None:
+        """The stats of a step, reduced, among them those of ``Rewards.stats``."""
+        known, success, failure = (stats[name] for name in ("return_known", "known_success", "known_failure"))
+        seen = {name: stats[name] for name in ("reward_mean", "reward_square", "ended")}
+        seen |= {"known": known, "success": success, "failure": failure, "square": known * stats["return_square"]}
+        seen |= {"of_success": success * stats["return_success"], "of_failure": failure * stats["return_failure"]}
+        for name, value in seen.items():
+            self._sums[name] = self.MEMORY * self._sums.get(name, 0.0) + value
+        self._updates += 1
+        if self._updates >= self.MIN_UPDATES:
+            self.advice = self._look()
+
+    def _look(self) -> str:
+        sums, kind = self._sums, self._rewards.kind
+        if not sums["known"]:
+            judged = "" if kind == "environment" else " and was judged a success or a failure"
+            return f"no episode has ended{judged}: no return is known yet, `fleet data list` shows outcomes and who judged"
+        if kind == "environment":
+            if not sums["reward_square"] and not sums["square"]:
+                return "all rewards of the robots are 0: have them send next.reward, or learn with reward 'success'"
+            weight = (1 - self.MEMORY**self._updates) / (1 - self.MEMORY)
+            mean, square = sums["reward_mean"] / weight, sums["reward_square"] / weight
+            if square - mean**2 <= 1e-6 * square and not (mean < 0 and sums["ended"]):
+                what = "no episode ends by itself" if mean < 0 else "longer episodes are always better"
+                return f"every reward is {mean:.2g} and {what}: nothing tells good steps from bad ones; see reward 'success'"
+        elif not sums["success"]:
+            return "no successful episode yet: values can say only what is bad; demonstrations or corrections bring successes"
+        elif not sums["failure"]:
+            return "no failed episode yet: values have nothing to tell successes from"
+        if sums["success"] and sums["failure"] and self._upside_down():
+            return (
+                "failed episodes have higher returns than successful ones: the sign of the rewards is wrong, or the judgement"
+            )
+        size = math.sqrt(sums["square"] / sums["known"])
+        if not self._any_size and (size > self.LARGE or 0 < size < self.SMALL):
+            ten = round(math.log10(size))
+            return (
+                f"returns are of the size of 1e{ten}: critics learn well where it is 0.1 to 100, so set the scale to 1e{-ten}"
+            )
+        return ""
+
+    def _upside_down(self) -> bool:
+        sums = self._sums
+        return sums["of_failure"] / sums["failure"] > sums["of_success"] / sums["success"]
 
 
 def _last_BH(batch: Batch) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from algorithms.rewards import Rewards
+from algorithms.rewards import Rewards, RewardWatch
 from fleet.batch import Outcome
 from fleet.errors import ConfigError
 from tests.batches import make_batch, take_rows
@@ -189,3 +189,61 @@ def test_rows_do_not_see_each_other():
 def test_what_cannot_be_is_refused(fields, named):
     with pytest.raises(ConfigError, match=named):
         Rewards(**fields)
+
+
+def advice_on(rewards, *batches, updates=RewardWatch.MIN_UPDATES, **options):
+    """What the watch says of batches that come in turn, each reduced as the engine reduces stats."""
+    watch = RewardWatch(rewards, **options)
+    for update in range(updates):
+        sums = rewards.stats(batches[update % len(batches)])
+        watch.see({name: (total / weight if weight else total * 0).item() for name, (total, weight) in sums.items()})
+    return watch.advice
+
+
+WON, LOST = episode(6, Outcome.SUCCESS, END), episode(6, Outcome.FAILURE, TIME_LIMIT)
+PAID = episode(6, Outcome.SUCCESS, END, rewards=[0, 0, 0, 0, 0, 1.0])
+UNPAID = episode(6, Outcome.FAILURE, TIME_LIMIT, rewards=[0.0] * 6)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "batches", "said"),
+    [
+        (Rewards("success", 0.9), (WON, LOST), ""),
+        (Rewards("steps", 0.9), (WON, LOST), ""),
+        (Rewards("environment", 0.9), (PAID, UNPAID), ""),
+        (Rewards("success", 0.9), (episode(6, Outcome.UNKNOWN, TIME_LIMIT),), "no episode has ended and was judged"),
+        (Rewards("environment", 0.9), (episode(6, Outcome.OPEN, NEITHER, finished=False),), "no episode has ended:"),
+        (Rewards("success", 0.9), (LOST,), "no successful episode yet"),
+        (Rewards("steps", 0.9), (WON,), "no failed episode yet"),
+        (Rewards("environment", 0.9), (UNPAID,), "all rewards of the robots are 0"),
+        (Rewards("environment", 0.9), (episode(6, Outcome.FAILURE, TIME_LIMIT, rewards=[-1.0] * 6),), "every reward is -1 and"),
+        (Rewards("environment", 0.9), (episode(6, Outcome.SUCCESS, END, rewards=[1.0] * 6),), "longer episodes are always"),
+        (Rewards("environment", 0.9), (episode(6, Outcome.SUCCESS, END, rewards=[-1.0] * 6),), ""),  # the sooner the better
+        (
+            Rewards("environment", 0.9),
+            (episode(6, Outcome.SUCCESS, END, rewards=[0, 0, 0, 0, 0, -1.0]), UNPAID),
+            "the sign of the rewards is wrong",
+        ),
+        (Rewards("environment", 0.9, scale=1e5), (PAID, UNPAID), "size of 1e5: critics learn well where it is 0.1 to 100, so"),
+        (Rewards("environment", 0.9, scale=1e-4), (PAID, UNPAID), "so set the scale to 1e4"),
+    ],
+)
+def test_rewards_from_which_nothing_can_be_learnt_are_noticed(rewards, batches, said):
+    advice = advice_on(rewards, *batches)
+    assert said in advice if said else advice == ""
+    assert advice_on(rewards, *batches, updates=RewardWatch.MIN_UPDATES - 1) == ""
+
+
+def test_a_lack_that_is_over_is_not_spoken_of_any_more_and_sentences_do_not_flicker():
+    rewards = Rewards("success", 0.9)
+    watch = RewardWatch(rewards)
+    said = []
+    for batch in [LOST] * 30 + [WON] * 30:
+        sums = rewards.stats(batch)
+        watch.see({name: (total / weight if weight else total * 0).item() for name, (total, weight) in sums.items()})
+        said.append(watch.advice)
+    assert len(set(said[19:30])) == 1 and set(said[30:]) == {""}
+
+
+def test_an_algorithm_that_scales_returns_itself_is_not_told_of_their_size():
+    assert advice_on(Rewards("environment", 0.9, scale=1e5), PAID, UNPAID, any_size=True) == ""

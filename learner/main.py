@@ -15,6 +15,7 @@ from fleet.spec import STATE
 ALGORITHMS = {
     "bc": "algorithms.bc:Bc",
     "hg_dagger": "algorithms.hg_dagger:HgDagger",
+    "recap": "algorithms.recap:Recap",
 }
 DEFAULT_FAMILY = "mlp"
 FROM_DATA = ("reads", "action_dim", "instruction_dim")  # settings of a policy that are read off robots and tasks if not given

@@ -59,17 +59,24 @@ class StateReader(nn.Module):
 
     Args:
         instruction_dim: Size of obs["instruction"]; 0: it is not read.
+        shift_pixels: Images are moved by up to so many pixels where ``noise`` is given.
     """
 
     def __init__(
-        self, reads: Mapping[str, tuple[int, ...]], instruction_dim: int, vision: str, vision_width: int, image_dims: int
+        self,
+        reads: Mapping[str, tuple[int, ...]],
+        instruction_dim: int,
+        vision: str,
+        vision_width: int,
+        image_dims: int,
+        shift_pixels: int = 0,
     ) -> None:
         super().__init__()
         shapes = {name: tuple(int(n) for n in shape) for name, shape in sorted(reads.items())}
         spec = PolicySpec(shapes, {INSTRUCTION: (instruction_dim,)} if instruction_dim else {}, 0, 0)
         self.reads, self.conditions = spec.reads, spec.conditions
         self.normaliser = Normaliser(spec.vectors)
-        self.cameras = Cameras(spec.images, vision, vision_width, shift_pixels=0)
+        self.cameras = Cameras(spec.images, vision, vision_width, shift_pixels)
         self.summaries = self.cameras.summaries(image_dims)
         self.size = self.normaliser.size + instruction_dim + len(spec.images) * image_dims
 
@@ -77,12 +84,20 @@ class StateReader(nn.Module):
         """Raises PolicyError when one of a vector is missing, of another shape, or not finite."""
         self.normaliser.set_statistics(statistics)
 
-    def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """Raises PolicyError when a feature is missing, or has another shape."""
+    def noise(self, batch_size: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """How images are moved, see ``algorithms.policies.vision.shift_noise``."""
+        return self.cameras.noise(batch_size, generator)
+
+    def forward(self, obs: Mapping[str, Tensor], noise: Any = None) -> Tensor:
+        """Without ``noise`` images are taken as they are.
+
+        Raises:
+            PolicyError: A feature is missing, or has another shape.
+        """
         parts = [self.normaliser(obs)]
         if self.conditions:  # a unit vector, brought to the size of normalised features
             parts.append(obs[INSTRUCTION] * math.sqrt(obs[INSTRUCTION].shape[1]))
-        parts += [summary(tokens) for summary, tokens in zip(self.summaries, self.cameras(obs), strict=True)]
+        parts += [summary(tokens) for summary, tokens in zip(self.summaries, self.cameras(obs, noise), strict=True)]
         return torch.cat(parts, 1)
 
 

@@ -46,6 +46,7 @@ class Batch:
     steps_to_go_B: Tensor
     outcome_B: Tensor
     terminated_B: Tensor
+    takeover_in_B: Tensor
     return_B: Tensor
     weight_B: Tensor
     replay: dict[str, Tensor]

@@ -30,7 +30,7 @@ def make_batch(obs, actions_BHA, *, mask_BH=None, **fields):
     }
     if "source_BH" not in fields:
         given["source_BH"] = fields.get("source_B", given["source_B"])[:, None].expand(shape)
-    unknown = ("version_B", "step_B", "episode_B", "frame_B", "steps_to_go_B", "outcome_B")
+    unknown = ("version_B", "step_B", "episode_B", "frame_B", "steps_to_go_B", "outcome_B", "takeover_in_B")
     return Batch(obs=obs, actions_BHA=actions_BHA, **{**given, **dict.fromkeys(unknown, missing), **fields})
 
 

@@ -98,6 +98,7 @@ class MemorySource:
             steps_to_go_B=nothing,
             outcome_B=nothing,
             terminated_B=np.zeros(needs.batch_size, bool),
+            takeover_in_B=nothing,
             return_B=np.full(needs.batch_size, np.nan, np.float32),
             weight_B=np.ones(needs.batch_size, np.float32),
             replay={},

@@ -60,7 +60,7 @@ def make_batch(config: TransformerConfig, size: int, device: torch.device) -> Ba
     obs = {name: torch.randint(256, image, generator=generator, dtype=torch.uint8, device=device) for name in config.cameras}
     obs |= {"observation.state": floats(size, config.state_dim), INSTRUCTION: floats(size, config.instruction_dim)}
     no_BH = torch.zeros(size, config.horizon, dtype=torch.bool, device=device)
-    whole_numbers = ("task_B", "version_B", "step_B", "episode_B", "frame_B", "steps_to_go_B", "outcome_B")
+    whole_numbers = ("task_B", "version_B", "step_B", "episode_B", "frame_B", "steps_to_go_B", "outcome_B", "takeover_in_B")
     return Batch(
         obs=obs,
         obs_at={},

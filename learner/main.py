@@ -15,6 +15,7 @@ from fleet.spec import STATE
 ALGORITHMS = {
     "bc": "algorithms.bc:Bc",
     "hg_dagger": "algorithms.hg_dagger:HgDagger",
+    "rlpd": "algorithms.rlpd:Rlpd",
     "recap": "algorithms.recap:Recap",
 }
 DEFAULT_FAMILY = "mlp"

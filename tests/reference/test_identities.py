@@ -1,11 +1,15 @@
-"""Returns, targets and densities against rlax's, torchrl's and stable-baselines3's, on the same numbers."""
+"""Returns, targets, densities and target networks against rlax's, torchrl's and stable-baselines3's, on the same numbers."""
 
 from __future__ import annotations
+
+import copy
 
 import numpy as np
 import pytest
 import torch
 
+from algorithms.critics import build_critic
+from algorithms.ema import Target
 from algorithms.policies.base import Chunk
 from algorithms.policies.registry import build
 from algorithms.policies.statistics import Statistics
@@ -104,3 +108,17 @@ def test_densities_and_their_gradients_are_those_of_stable_baselines(family):
     assert any(gradient is not None and gradient.abs().max() > 0.01 for gradient in gradients[0])
     for ours, other in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-3, atol=1e-4)
+
+
+def test_target_networks_follow_as_those_of_stable_baselines():
+    utils = pytest.importorskip("stable_baselines3.common.utils")
+    torch.manual_seed(7)
+    critic = build_critic("causal", {"reads": READS, "action_dim": 2, "horizon": 3, "instruction_dim": 0, "width": 8})
+    target, theirs = Target(critic, 0.05), copy.deepcopy(critic)
+    for _ in range(3):
+        for weight in critic.parameters():
+            weight.data += torch.randn(weight.shape)
+        target.follow()
+        utils.polyak_update(critic.parameters(), theirs.parameters(), 0.05)
+    torch.testing.assert_close(list(target.module.parameters()), list(theirs.parameters()))
+    assert all(not torch.equal(a, b) for a, b in zip(target.module.parameters(), critic.parameters(), strict=True))

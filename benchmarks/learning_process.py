@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from benchmarks.learning_robot import FRAGMENT_STEPS, LockstepRobot
+from benchmarks.learning_robot import FRAGMENT_STEPS, LockstepRobot, await_release
 from buffer.sampler import Sampler
 from fleet.batch import BatchNeeds, Windows
 from fleet.errors import NoData
@@ -76,7 +76,7 @@ class LockstepSampler(Sampler):
 
     def __init__(self, run: RunFolder, tasks: list[str], seed: int, plan: Plan, robot: LockstepRobot | None) -> None:
         super().__init__(run.buffer, tasks, seed)
-        self._plan, self._robot, self.robot_s = plan, robot, 0.0
+        self._plan, self._robot, self._store, self.robot_s = plan, robot, ReleaseStore(run.releases), 0.0
 
     def begin(self) -> None:
         """Takes in what is there; where nothing is, the robot begins: the learner does not start without data."""
@@ -85,6 +85,8 @@ class LockstepSampler(Sampler):
             self._work(FRAGMENT_STEPS, self._plan.start)
 
     def batch(self, needs: BatchNeeds, step: int, newest_version: int = -1) -> Windows:
+        if step >= self._plan.start:  # also without a robot: of two releases that wait for the disk only one is written
+            await_release(self._store, self._plan.released(step))
         self._work(self._plan.due(step), step)
         while True:
             try:
@@ -164,7 +166,7 @@ def _ignore(progress: Progress) -> None:
     """Nobody watches."""
 
 
-def test(run: RunFolder, counts: Mapping[str, int], *, curve: bool) -> dict[str, Any]:
+def try_releases(run: RunFolder, counts: Mapping[str, int], *, curve: bool) -> dict[str, Any]:
     """Success of the newest release by task, and of some between the first and it.
 
     Returns:
@@ -187,12 +189,11 @@ def test(run: RunFolder, counts: Mapping[str, int], *, curve: bool) -> dict[str,
     return {"rows": rows, "curve": points, "test_s": time.process_time() - began}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    run = RunFolder.open(Path(sys.argv[2]))
+def perform(mode: str, run: RunFolder) -> dict[str, Any]:
+    """All of it: the facts that ``main`` prints. ``mode`` as in the header."""
     told = json.loads((run.path / "benchmark.json").read_text())
     tables, counts = load_tables(run.config, []), told["counts"]
-    if sys.argv[1] == "start":
+    if mode == "start":
         create_run_keys(run.keys)
         catalogue = write_catalogue(run, tables["run"])
         demonstrate(run, tables, catalogue, told["demonstrations"])
@@ -200,9 +201,12 @@ def main() -> None:
     else:
         catalogue = json.loads((run.path / "tasks.json").read_text())
         plan = Plan(counts, told["collect"])
-    facts = learn(run, tables, catalogue, plan)
-    facts |= test(run, counts, curve=sys.argv[1] == "method")
-    sys.stdout.write(json.dumps(facts) + "\n")
+    return {**learn(run, tables, catalogue, plan), **try_releases(run, counts, curve=mode == "method")}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    sys.stdout.write(json.dumps(perform(sys.argv[1], RunFolder.open(Path(sys.argv[2])))) + "\n")
 
 
 if __name__ == "__main__":

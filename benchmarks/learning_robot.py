@@ -27,6 +27,7 @@ from actors.robots import make_robot
 from actors.safety import SafetyFilter
 from buffer.ingest import Ingest
 from buffer.log import Log
+from fleet.releases import Manifest
 from fleet.robot import Operator
 from fleet.runfolder import RunFolder
 from fleet.server.releases import ReleaseStore
@@ -65,6 +66,22 @@ class Mail:
 
     def release(self) -> None:
         self._records.popleft()
+
+
+def await_release(store: ReleaseStore, step: int) -> Manifest:
+    """The newest release, as soon as it is that of update ``step`` or a later one: a thread writes it.
+
+    Raises:
+        TimeoutError: It does not come.
+    """
+    deadline = time.monotonic() + RELEASE_WAIT_S
+    while True:
+        version = store.newest()
+        if version is not None and (manifest := store.manifest(version)).step >= step:
+            return manifest
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no release of update {step} or later after {RELEASE_WAIT_S:.0f} s")
+        time.sleep(0.002)
 
 
 class LockstepRobot:
@@ -121,21 +138,10 @@ class LockstepRobot:
         self._ticks = loop.ticks()
 
     def take_release(self, step: int) -> None:
-        """Acts by the newest release from here on. It is at least that of update ``step``: waits until it is on disk.
-
-        Raises:
-            TimeoutError: It does not come.
-        """
-        deadline = time.monotonic() + RELEASE_WAIT_S
-        while True:
-            version = self._store.newest()
-            if version is not None and (manifest := self._store.manifest(version)).step >= step:
-                break
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no release of update {step} or later after {RELEASE_WAIT_S:.0f} s")
-            time.sleep(0.002)  # it is being written, by a thread
-        if version != self._runner.version:
-            self._runner.load(manifest, self._store.load(version))
+        """Acts by the newest release from here on, which is at least that of update ``step``; see ``await_release``."""
+        manifest = await_release(self._store, step)
+        if manifest.version != self._runner.version:
+            self._runner.load(manifest, self._store.load(manifest.version))
 
     def work(self, num_steps: int) -> None:
         """Makes so many steps; then all of them are in the log."""

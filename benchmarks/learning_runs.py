@@ -133,18 +133,33 @@ def _run(mode: str, path: Path, name: str, seed: int, tables: dict[str, Any], to
     prepare()
     (path / "run.yaml").write_text(yaml.safe_dump(tables))
     (path / "benchmark.json").write_text(json.dumps(told))
-    command = [sys.executable, "-m", "benchmarks.learning_process", mode, str(path)]
-    env = {**ENV, "OMP_NUM_THREADS": "1", "MUJOCO_GL": os.environ.get("MUJOCO_GL", "osmesa")}
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        outcome = Outcome(name, seed, why=" ".join(done.stderr.split())[-LAST_WORDS:])
-        say(f"{name}, seed {seed}: {outcome.why}")
-        return outcome
-    outcome = Outcome(name, seed, **json.loads(done.stdout.splitlines()[-1]))
+    try:
+        outcome = Outcome(name, seed, **execute(mode, path))
+    except RuntimeError as error:
+        say(f"{name}, seed {seed}: {error}")
+        return Outcome(name, seed, why=str(error))
     kept.write_text(json.dumps({**dataclasses.asdict(outcome), "config": config}))
     seconds = f"{outcome.train_s:.0f} s learner, {outcome.robot_s:.0f} s robot, {outcome.test_s:.0f} s tests"
     say(f"{name}, seed {seed}: {outcome.rate():.1f} %, {outcome.operator_steps} operator steps; {seconds}")
     return outcome
+
+
+def execute(mode: str, path: Path) -> dict[str, Any]:
+    """A process for one run folder.
+
+    Returns:
+        What it said.
+
+    Raises:
+        RuntimeError: It failed; with its last words.
+    """
+    command = [sys.executable, "-m", "benchmarks.learning_process", mode, str(path)]
+    env = {**ENV, "OMP_NUM_THREADS": "1", "MUJOCO_GL": os.environ.get("MUJOCO_GL", "osmesa")}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(" ".join(done.stderr.split())[-LAST_WORDS:])
+    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return facts
 
 
 def _start_folder(folder: Path, scenario: Scenario, method: Method, seed: int) -> Path:

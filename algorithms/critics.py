@@ -185,5 +185,8 @@ def critic_like(spec: PolicySpec, family: str, settings: Mapping[str, Any]) -> A
     Raises:
         PolicyError: As ``build_critic``.
     """
-    seen = {"reads": dict(spec.reads), "instruction_dim": spec.conditions.get(INSTRUCTION, (0,))[0]}
+    seen = {
+        "reads": {name: list(shape) for name, shape in spec.reads.items()},
+        "instruction_dim": spec.conditions.get(INSTRUCTION, (0,))[0],
+    }
     return build_critic(family, {**seen, "action_dim": spec.action_dim, "horizon": spec.horizon, **settings})

@@ -79,7 +79,7 @@ def make(reader: Reader, settings: TrainSettings, run_id: str) -> tuple[SuccessC
 
     Raises:
         NoData: Too few episodes were judged, or not both ways.
-        SpecError, DatasetError: See ``infra.classify.train``.
+        SpecError: See ``infra.classify.train``.
     """
     used, held = split(reader.episodes, settings.held_out, settings.seed)
     net = train(reader, used, settings)

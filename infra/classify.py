@@ -25,7 +25,7 @@ from buffer.browse import Episode, read_episodes
 from buffer.image_cache import ImageCache
 from buffer.sampler import Sampler
 from fleet.batch import BatchNeeds, Within
-from fleet.errors import ConfigError, DatasetError, NoData, SpecError
+from fleet.errors import ConfigError, NoData, SpecError
 from fleet.robot import Source
 from fleet.runfolder import RunFolder
 
@@ -34,7 +34,6 @@ MIN_EPISODES = 5  # of successes and of failures: fewer cannot be split
 CACHE_BYTES = 512 << 20
 STATISTICS_STEPS = 8192
 ROWS = 256  # that are read at once
-NAMED = 3  # episodes that an error names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Reader:
 
     Attributes:
         tasks: Of tasks.json, by name.
-        episodes: Finished ones with steps, of these tasks, not excluded.
+        episodes: Finished ones whose last step is there, of these tasks, not excluded.
 
     Raises:
         StorageError, RunFolderError: The log cannot be read.
@@ -88,11 +87,12 @@ class Reader:
     def __init__(self, run: RunFolder) -> None:
         self.tasks: dict[str, Any] = json.loads((run.path / "tasks.json").read_text())
         self._embeddings = [torch.tensor(task["embedding"], dtype=torch.float32) for task in self.tasks.values()]
+        known = read_episodes(run.buffer)  # first: what has ended by then is whole in what is read now
         self._sampler = Sampler(run.buffer, list(self.tasks), 0, cache=ImageCache(CACHE_BYTES))
-        while self._sampler.poll():
-            pass
-        known = read_episodes(run.buffer)
-        self.episodes = [e for e in known if e.finished and not e.excluded and e.task in self.tasks and len(self.steps_of(e))]
+        self._sampler.poll()
+        self._fragments = self._by_episode()
+        usable = [e for e in known if e.finished and not e.excluded and e.task in self.tasks]
+        self.episodes = [e for e in usable if self._has_end(e)]
 
     @property
     def instruction_dim(self) -> int:
@@ -102,9 +102,23 @@ class Reader:
         self._sampler.close()
 
     def steps_of(self, episode: Episode) -> np.ndarray:
-        """Numbers of its steps, in order."""
-        number = self._sampler.index.episodes.find(episode.key)
-        return np.empty(0, np.int64) if number is None else self._sampler.index.steps_of(number)
+        """Numbers of its steps that are there, in order."""
+        index = self._sampler.index
+        found = self._fragments.get(index.episodes.find(episode.key), ())
+        spans = [np.arange(index.first_step[f], index.first_step[f] + index.num_steps[f]) for f in found]
+        return np.concatenate([np.empty(0, np.int64), *spans])
+
+    def _by_episode(self) -> dict[int | None, np.ndarray]:
+        """Fragments with steps, in order, by the number of their episode; of all episodes at once."""
+        index = self._sampler.index
+        fragments = np.array([f for boot in index.boots.values() for f in boot.fragments], np.int64)
+        fragments = fragments[np.lexsort((index.first_frame[fragments], index.episode[fragments]))]
+        episodes, first = np.unique(index.episode[fragments], return_index=True)
+        return dict(zip(episodes.tolist(), np.split(fragments, first[1:]), strict=True)) if len(fragments) else {}
+
+    def _has_end(self, episode: Episode) -> bool:
+        last = self.steps_of(episode)[-1:]
+        return bool((self._sampler.index.frame(last) + 1 == episode.length).any())
 
     def shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
         """Shapes of observation features; of all that all robots have where none is named.
@@ -185,7 +199,6 @@ def train(reader: Reader, episodes: Sequence[Episode], settings: TrainSettings) 
 
     Raises:
         SpecError: See ``Reader.shapes``.
-        DatasetError: A value is not finite; names the feature and episodes.
     """
     config = SuccessConfig(reader.shapes(settings.reads), reader.instruction_dim, settings.last)
     with torch.random.fork_rng(devices=[]):
@@ -210,7 +223,7 @@ def train(reader: Reader, episodes: Sequence[Episode], settings: TrainSettings) 
 
 
 def scores(reader: Reader, classifier: SuccessClassifier, episodes: Sequence[Episode]) -> Tensor:
-    """(E,) float64 of these episodes, before the temperature; NaN where no frame of the end can be read, or one is not finite.
+    """(E,) float64 of these episodes, before the temperature; NaN where no frame of the end can be read.
 
     Raises:
         PolicyError, SpecError: The classifier reads what the run's robots do not have, or in another shape.
@@ -244,22 +257,8 @@ def _shares(total: int, num: int) -> list[int]:
 
 
 def _statistics(reader: Reader, episodes: Sequence[Episode], classifier: SuccessClassifier) -> dict[str, Statistics]:
-    """Of the vectors that it reads, over steps spread evenly over these episodes; all of their steps are checked."""
+    """Of the vectors that it reads, over steps spread evenly over these episodes."""
     names = list(classifier.value.reader.normaliser.shapes)
     step_N = np.concatenate([reader.steps_of(e) for e in episodes])
-    stride = -(-len(step_N) // STATISTICS_STEPS)
-    kept: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for first in range(0, len(step_N) if names else 0, stride * ROWS):
-        piece = step_N[first : first + stride * ROWS]
-        obs, _ = reader.read(piece, names)
-        for name in names:
-            bad = ~obs[name].flatten(1).isfinite().all(1).numpy()
-            if bad.any():
-                owners = [e.name for e in episodes if np.isin(reader.steps_of(e), piece[bad]).any()]
-                raise DatasetError(
-                    f"{name!r} is not finite in steps of {', '.join(owners[:NAMED])}",
-                    rule="a classifier learns from finite numbers",
-                    remedy="leave these episodes out: `fleet data exclude RUN EPISODE ...`",
-                )
-            kept[name].append(obs[name][::stride].numpy())
-    return {name: Statistics.of(np.concatenate(rows)) for name, rows in kept.items()}
+    obs, _ = reader.read(step_N[:: -(-len(step_N) // STATISTICS_STEPS)], names)
+    return {name: Statistics.of(obs[name].numpy()) for name in names}

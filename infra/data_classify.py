@@ -88,7 +88,7 @@ def test_command(run: RunPath, classifier: Folder = None, as_json: AsJson = Fals
         if as_json:
             return print(json.dumps({"judge": known.judge, "episodes": len(fresh), **found}, indent=1))
         typer.echo(f"{known.judge}: {len(fresh)} episodes that it was not made of")
-        _show(known, found, "of these")
+        _show(known, found, "other")
 
 
 @app.command("apply")

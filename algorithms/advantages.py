@@ -9,7 +9,8 @@ Shape suffixes: B batch, A action dims, K tasks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 from algorithms.base import Batch
 from fleet.batch import Outcome
 
-SLOPE = 2.0  # a quantile's Newton step in mean distances: 2.9 for a normal distribution, less for one that is peaked there
+NEAR = 0.3  # part of the judged steps from which the density at a threshold is taken
+FIRST_WIDTH = 0.05  # of the band that holds them, to begin with; values lie in [-1, 0]
 _MIX, _STEP, _FRAME, _OUTCOME = 0x9E3779B97F4A7C1, 0xBF58476D1CE4E5B, 0x94D049BB133111F, 0xD6E8FEB86659FD9  # odd
 
 
@@ -64,34 +66,39 @@ def lookahead_advantage(
 class Thresholds:
     """By task the advantage above which the stated share of the judged steps lies: a quantile that follows the data.
 
-    Stochastic approximation (Robbins and Monro 1951): after a batch in which a share p of n judged steps of a task lies above
-    eps, eps += SLOPE n / W mean|A - eps| (p - share), where W is the number of steps judged so far, at most ``window``. All
-    that it needs of a batch are sums over its rows, so all ranks come to the same thresholds.
+    Stochastic approximation (Robbins and Monro 1951) with the slope estimated beside it. In a batch with n judged steps of a
+    task a part p lies above eps, and a part q within eps +- w. With W steps judged so far, at most ``window``, and g = n / W:
+
+        eps += g (p - share) 2 w / NEAR        log w += g (NEAR - q) / NEAR
+
+    All that it needs of a batch are sums over its rows, so all ranks come to the same thresholds.
 
     Args:
         share: Of the steps above the threshold, in (0, 1).
         window: Steps of a task over which the quantile is taken, about; the smaller, the faster it follows.
     """
 
-    def __init__(self, num_tasks: int, share: float, window: int = 4096) -> None:
-        self.share, self.window = share, window
-        self.value_K, self.seen_K = [0.0] * num_tasks, [0.0] * num_tasks
+    def __init__(self, num_tasks: int, share: float, window: int = 2048) -> None:
+        self._share, self._window = share, window
+        self._value_K, self._width_K, self._seen_K = ([x] * num_tasks for x in (0.0, FIRST_WIDTH, 0.0))
 
     def of(self, task_B: Tensor) -> Tensor:
-        """(B,): each row's threshold."""
-        return torch.tensor(self.value_K, dtype=torch.float32, device=task_B.device)[task_B]
+        """(B,) float32: each row's threshold."""
+        return torch.tensor(self._value_K, dtype=torch.float32, device=task_B.device)[task_B]
 
     def stats(self, task_B: Tensor, advantage_B: Tensor, judged_B: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """What ``update`` needs of some rows, as pairs (sum, weight), for all tasks: the share of the rows that are judged,
-        of those the share that is above the threshold, and their mean distance from it."""
-        far_B = torch.where(judged_B, advantage_B - self.of(task_B), 0.0)
+        and of those the shares that are above and near the threshold."""
+        width_B = torch.tensor(self._width_K, dtype=torch.float32, device=task_B.device)[task_B]
+        above_B = advantage_B > self.of(task_B)
+        near_B = (advantage_B - self.of(task_B)).abs() < width_B
         stats: dict[str, tuple[Tensor, Tensor]] = {}
-        for task in range(len(self.value_K)):
-            mine_B = (judged_B & (task_B == task)).float()
+        for task in range(len(self._value_K)):
+            mine_B = judged_B & (task_B == task)
             count = mine_B.sum()
             stats[f"judged_{task}"] = (count, torch.full_like(count, len(mine_B)))
-            stats[f"above_{task}"] = ((mine_B * (far_B > 0)).sum(), count)
-            stats[f"distance_{task}"] = ((mine_B * far_B.abs()).sum(), count)
+            stats[f"above_{task}"] = ((mine_B & above_B).sum(), count)
+            stats[f"near_{task}"] = ((mine_B & near_B).sum(), count)
         return stats
 
     def update(self, stats: Mapping[str, float], num_rows: int) -> None:
@@ -100,12 +107,21 @@ class Thresholds:
         Args:
             num_rows: Of the batch.
         """
-        for task in range(len(self.value_K)):
+        for task in range(len(self._value_K)):
             count = stats[f"judged_{task}"] * num_rows
             if count > 0:
-                self.seen_K[task] = min(self.seen_K[task] + count, float(self.window))
-                step = SLOPE * min(count / self.seen_K[task], 1.0) * stats[f"distance_{task}"]
-                self.value_K[task] += step * (stats[f"above_{task}"] - self.share)
+                self._seen_K[task] = min(self._seen_K[task] + count, float(self._window))
+                gain = min(count / self._seen_K[task], 1.0)
+                self._value_K[task] += gain * (stats[f"above_{task}"] - self._share) * 2 * self._width_K[task] / NEAR
+                self._width_K[task] *= math.exp(gain * (1 - stats[f"near_{task}"] / NEAR))
+
+    def state(self, task: int) -> list[float]:
+        """Of one task: its threshold, and what it goes on with."""
+        return [self._value_K[task], self._width_K[task], self._seen_K[task]]
+
+    def load_state(self, task: int, state: Sequence[float]) -> None:
+        """Takes what ``state`` returned."""
+        self._value_K[task], self._width_K[task], self._seen_K[task] = state
 
 
 class Labels:

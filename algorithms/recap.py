@@ -161,10 +161,7 @@ class Recap:
             "step": self._step,
             "value_updates": self._value_updates,
             "ema": self._ema.state_dict(),
-            "tasks": {
-                name: [self._length_K[k], self._thresholds.value_K[k], self._thresholds.seen_K[k]]
-                for k, name in enumerate(self._tasks)
-            },
+            "tasks": {name: [self._length_K[k], *self._thresholds.state(k)] for k, name in enumerate(self._tasks)},
             "seen": dict(self._seen),
             "clipped": self._clipped,
             "labels": self._labels.state_dict() if self._labels else {},
@@ -176,7 +173,8 @@ class Recap:
         self._ema.load_state_dict(state["ema"])
         for k, name in enumerate(self._tasks):
             if name in state["tasks"]:
-                self._length_K[k], self._thresholds.value_K[k], self._thresholds.seen_K[k] = state["tasks"][name]
+                self._length_K[k], *threshold = state["tasks"][name]
+                self._thresholds.load_state(k, threshold)
         self._seen, self._clipped = dict(state["seen"]), float(state["clipped"])
         if self._labels and state["labels"]:
             self._labels.load_state_dict(state["labels"])

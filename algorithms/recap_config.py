@@ -36,7 +36,7 @@ class RecapConfig:
     """Of a failed episode, in steps; 0: L."""
     positive_share: float = 0.3
     """Part of each task's judged steps that are positive."""
-    threshold_window: int = 4096
+    threshold_window: int = 2048
     """Judged steps of a task that its threshold is taken over, about."""
     demonstrations: str = "positive"
     """Demonstrations are always ``positive``, or ``judged`` as the policy's steps are."""
@@ -73,10 +73,7 @@ def check_recap(config: RecapConfig) -> None:
         "threshold_window": (config.threshold_window >= 1, "at least 1"),
         "demonstrations": (config.demonstrations in ("positive", "judged"), "positive or judged"),
         "indicator_dropout": (0 <= config.indicator_dropout < 1, "at least 0, below 1"),
-        "value_start_steps": (
-            config.value_start_steps >= (0 if config.online_value else 1),
-            "at least 0, and at least 1 with online_value=false",
-        ),
+        "value_start_steps": (config.value_start_steps >= 1, "at least 1"),
         "relabel_every": (config.relabel_every >= 0, "at least 0"),
         "label_places": (config.label_places >= 1, "at least 1"),
         "ema_decay": (0 <= config.ema_decay < 1, "at least 0, below 1"),

@@ -46,12 +46,15 @@ class Phase:
     """A part of a run: trains with what ``build`` makes until ``until`` updates are done in all.
 
     ``build`` None: the algorithm of the phase before goes on. The policy is shared, so its weights carry over; a new
-    algorithm brings new optimizers.
+    algorithm brings new optimizers. ``limited``: whether the rate of samples per insert holds it. ``restarts``: it begins at
+    the run's first release again, which ``build`` sees to, and has one release, at its end.
     """
 
     name: str
     until: int
     build: Callable[[], tuple[Algorithm, Engine]] | None
+    limited: bool = True
+    restarts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,14 +182,22 @@ class Loop:
         if build is not None and (self._algorithm is None or first > self._phase):
             torch.manual_seed(self._settings.seed * 1009 + first)  # new modules begin alike on all ranks, whatever went before
             if self._engine is not None:
+                if self._phases[phase].restarts:
+                    self._require_release()
                 self._engine.close()
             self._algorithm, self._engine = build()
             self._require_equal()
-        if self._phase != phase:
+        if self._phase != phase and not (self._phase >= 0 and self._phases[self._phase].limited):
             self._pace.begin()
         self._phase = phase
         algorithm, _ = self._trained()
         self.progress.phase, self.progress.algorithm = self._phases[phase].name, algorithm.name
+
+    def _require_release(self) -> None:
+        """What was learnt so far is on disk as a release, also where there was no room for it when it was due."""
+        self._note(self._keep.facts(flush=True))
+        self._keep.publish(*self._trained(), self.progress.step, self.progress.stats)
+        self._note(self._keep.facts(flush=True))
 
     def _trained(self) -> tuple[Algorithm, Engine]:
         if self._algorithm is None or self._engine is None:
@@ -200,9 +211,8 @@ class Loop:
 
     def _next(self, stop: Callable[[], bool]) -> Windows | None:
         """This rank's rows of the next batch; None when a rank was told to stop."""
-        needs, last = self._trained()[0].needs, self._phase == len(self._phases) - 1
-        # The start trains on what is there, at no rate.
-        windows = self._supply.next(needs, self.progress.step, limited=last, stop=stop, idle=self._idle)
+        needs, limited = self._trained()[0].needs, self._phases[self._phase].limited
+        windows = self._supply.next(needs, self.progress.step, limited=limited, stop=stop, idle=self._idle)
         self.progress.waiting = ""
         return windows
 
@@ -278,8 +288,9 @@ class Loop:
     def _keep_up(self) -> None:
         """What is due between two updates."""
         step, settings = self.progress.step, self._settings
-        last = step == self.progress.steps
-        if step >= settings.first_release and (last or step == settings.first_release or step % settings.publish_every == 0):
+        last, phase = step == self.progress.steps, self._phases[self._phase]
+        every = step == settings.first_release or step % settings.publish_every == 0
+        if step >= settings.first_release and (last or (step == phase.until if phase.restarts else every)):
             self._keep.publish(*self._trained(), step, self.progress.stats)
         if step % settings.checkpoint_every == 0 or last:
             self._checkpoint()

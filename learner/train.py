@@ -37,7 +37,7 @@ from learner.loop import Loop, LoopSettings, Phase
 from learner.main import LearnerConfig, algorithm_class
 from learner.memory import memory_errors
 from learner.pace import Pace
-from learner.policy import make_policy
+from learner.policy import go_back, make_policy
 from learner.progress import Progress
 from learner.publisher import Publisher
 from learner.ranks import RankPlace, Ranks
@@ -139,7 +139,7 @@ def make_loop(
     loop = Loop(
         feed or source,
         instructions_KE,
-        make_phases(policy, data_facts(policy.spec, source, list(tasks), ranks), tables, device, ranks),
+        make_phases(run, policy, data_facts(policy.spec, source, list(tasks), ranks), tables, device, ranks),
         _settings(config, {"policy": described, "seed": config.seed, "run_id": run.run_id, "settings": settings_of(tables)}),
         device=device,
         ranks=ranks,
@@ -163,12 +163,16 @@ def make_loop(
     return loop
 
 
-def make_phases(policy: Any, data: DataFacts, tables: Mapping[str, Any], device: torch.device, ranks: Ranks) -> list[Phase]:
-    """The start, if there is one, and the rest of the run."""
+def make_phases(
+    run: RunFolder, policy: Any, data: DataFacts, tables: Mapping[str, Any], device: torch.device, ranks: Ranks
+) -> list[Phase]:
+    """The start, if there is one, and the rest of the run: one phase, or iterations."""
     config: LearnerConfig = tables["learner"]
 
-    def builder(where: str) -> Callable[[], tuple[Algorithm, Engine]]:
+    def builder(where: str, restarts: bool = False) -> Callable[[], tuple[Algorithm, Engine]]:
         def make() -> tuple[Algorithm, Engine]:
+            if restarts:
+                go_back(policy, run, config.start_steps, ranks)
             cls = algorithm_class(tables[where], where)
             algorithm = cls(policy, cls.Config(**tables[where].config), data)
             return algorithm, make_engine(tables["engine"], algorithm, device, ranks)
@@ -177,9 +181,13 @@ def make_phases(policy: Any, data: DataFacts, tables: Mapping[str, Any], device:
 
     if config.start_steps == 0:
         return [Phase("online", config.steps, builder("algorithm"))]
-    if not tables["start"].name:
-        return [Phase("start", config.start_steps, builder("algorithm")), Phase("online", config.steps, None)]
-    return [Phase("start", config.start_steps, builder("start")), Phase("online", config.steps, builder("algorithm"))]
+    named = bool(tables["start"].name)
+    start = Phase("start", config.start_steps, builder("start" if named else "algorithm"), limited=False)  # on what is there
+    if not config.restart_every:
+        return [start, Phase("online", config.steps, builder("algorithm") if named else None)]
+    ends = range(config.start_steps + config.restart_every, config.steps + 1, config.restart_every)
+    again = builder("algorithm", restarts=True)
+    return [start, *(Phase(f"iteration {i}", end, again, restarts=True) for i, end in enumerate(ends, 1))]
 
 
 def _settings(config: LearnerConfig, meta: dict[str, Any]) -> LoopSettings:
@@ -207,7 +215,8 @@ def _make_keep(
     store = ReleaseStore(run.releases, run.keys)
     if checkpoint is not None:
         store.never_reuse(int(checkpoint.meta["release"]))
-    return Keep(ranks, Publisher(store, keep=config.keep_releases), checkpoints, device, budget)
+    publisher = Publisher(store, keep=config.keep_releases, keep_first=config.restart_every > 0)
+    return Keep(ranks, publisher, checkpoints, device, budget)
 
 
 def choose_device(name: str) -> torch.device:

@@ -18,33 +18,9 @@ from algorithms import rlpd
 from algorithms.base import DataFacts
 from algorithms.policies.registry import build
 from algorithms.policies.statistics import Statistics
-from tests.batches import make_batch
+from tests.reference.chunks import ACTION_DIM, NUM, STATE, STATE_DIM, as_n_step, numbers, windows
 
-STATE, STATE_DIM, ACTION_DIM, NUM = "observation.state", 3, 2, 48
 DISCOUNT, RATE, TAU, ALPHA = 0.9, 0.05, 0.1, 0.3
-
-
-def numbers(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def windows(horizon):
-    """A third of the windows goes on, a third ends with a terminal step, and with several steps a third is cut."""
-    row_B, position_H = torch.arange(NUM), torch.arange(horizon)
-    kind_B, last_B = row_B % (3 if horizon > 1 else 2), 1 + row_B % max(horizon - 1, 1)
-    last_B = torch.where(kind_B == 0, horizon - 1, last_B.clamp(max=horizon - 1))
-    mask_BH = position_H <= last_B[:, None]
-    at_end_BH = position_H == last_B[:, None]
-    return make_batch(
-        {STATE: numbers(NUM, STATE_DIM, seed=1)},
-        numbers(NUM, horizon, ACTION_DIM, seed=2).clamp(-1.5, 1.5),
-        mask_BH=mask_BH,
-        obs_at={horizon: {STATE: numbers(NUM, STATE_DIM, seed=3)}},
-        inside_at={horizon: kind_B == 0},
-        rewards_BH=numbers(NUM, horizon, seed=4) * mask_BH,
-        terminated_BH=at_end_BH & (kind_B == 1)[:, None],
-        truncated_BH=at_end_BH & (kind_B == 2)[:, None],
-    )
 
 
 def made(horizon):
@@ -90,20 +66,6 @@ class Critic(nn.Module):
         return tuple(value_B[:, None] for value_B in self.critic({STATE: obs}, chunk_BHA))
 
 
-def as_n_step(batch, scale):
-    """What stable-baselines3's n-step buffer would say of these windows; row by row, and not by our code."""
-    horizon, samples = batch.mask_BH.shape[1], []
-    for row in range(NUM):
-        num = int(batch.mask_BH[row].sum())
-        ends, goes_on = bool(batch.terminated_BH[row].any()), bool(batch.inside_at[horizon][row])
-        counted = num if ends or goes_on else num - 1  # the observation behind a cut is in no log
-        reward = sum(DISCOUNT**i * float(batch.rewards_BH[row, i]) for i in range(counted))
-        actions_HA = torch.stack([batch.actions_BHA[row, min(i, num - 1)] for i in range(horizon)])
-        samples.append((scale.normalise(actions_HA).flatten(), float(ends), reward, DISCOUNT**counted))
-    actions, ends, rewards, discounts = zip(*samples, strict=True)
-    return torch.stack(actions), *(torch.tensor(column)[:, None] for column in (ends, rewards, discounts))
-
-
 @pytest.mark.parametrize("horizon", [1, 3])
 def test_a_step_is_that_of_stable_baselines(horizon, monkeypatch):
     sb3, spaces = pytest.importorskip("stable_baselines3"), pytest.importorskip("gymnasium.spaces")
@@ -111,7 +73,8 @@ def test_a_step_is_that_of_stable_baselines(horizon, monkeypatch):
     from stable_baselines3.common import logger, type_aliases
 
     monkeypatch.setattr(rlpd, "_TEMPERATURE", rlpd._ACTOR)  # theirs learns from the policy's draws
-    algorithm, batch = made(horizon), windows(horizon)
+    algorithm = made(horizon)
+    batch = algorithm.prepare(windows(horizon))
     scale, size = algorithm.parts["policy"].module.scale, horizon * ACTION_DIM
 
     class Nowhere(Env):
@@ -129,7 +92,7 @@ def test_a_step_is_that_of_stable_baselines(horizon, monkeypatch):
     sac.actor, sac.critic = Actor(theirs["policy"], noises, density), Critic(theirs["critic"], scale)
     sac.critic_target = Critic(copy.deepcopy(algorithm._target.module).requires_grad_(True), scale)
     sac.ent_coef_optimizer = torch.optim.SGD([sac.log_ent_coef], RATE)
-    actions, ends, rewards, discounts = as_n_step(batch, scale)
+    actions, ends, rewards, discounts = as_n_step(batch, scale, DISCOUNT)
     samples = type_aliases.ReplayBufferSamples(
         batch.obs[STATE], actions, batch.obs_at[horizon][STATE], ends, rewards, discounts
     )

@@ -293,9 +293,14 @@ def algorithm_class(table: AlgorithmConfig | StartConfig, where: str) -> Any:
 def _check_types(cls: type, settings: Mapping[str, Any], where: str) -> None:
     accepted: dict[Any, tuple[type, ...]] = {float: (float, int), int: (int,), bool: (bool,), str: (str,)}
     for name, hint in typing.get_type_hints(cls).items():
-        types = accepted.get(hint)
+        is_list = typing.get_origin(hint) is list
+        plain = typing.get_args(hint)[0] if is_list else hint
+        types = accepted.get(plain)
         if name not in settings or types is None:
             continue
         value = settings[name]
-        if not isinstance(value, types) or (isinstance(value, bool) and hint is not bool):
-            raise ConfigError(f"{where}.{name} = {value!r} is a {type(value).__name__}", rule=f"it is a {hint.__name__}")
+        each = value if is_list and isinstance(value, list) else [value]
+        wrong = [one for one in each if not isinstance(one, types) or (isinstance(one, bool) and plain is not bool)]
+        if wrong or is_list != isinstance(value, list):
+            rule = f"it is a list of {plain.__name__}" if is_list else f"it is a {plain.__name__}"
+            raise ConfigError(f"{where}.{name} = {value!r} is a {type(value).__name__}", rule=rule)

@@ -364,6 +364,10 @@ def test_advice_says_what_is_missing_until_it_is_there():
     for step in range(3, 150):
         said = after(step, [demo, operator, policy, operator])
     assert said == ""
+    resumed = _make("sirius")
+    resumed.load_state_dict(algorithm.state_dict())
+    resumed.after_step(150, {**_read(algorithm.loss("policy", _fleet_batch())), "drawn_operator": 0.0, "drawn_policy": 0.0})
+    assert resumed.advice == "", "there were such steps"
     nobody = HgDagger(_policy(), HgDaggerConfig())
     nobody.after_step(0, {"drawn_demo": 1.0, "drawn_operator": 0.0})
     assert "no operator step yet" in nobody.advice

@@ -125,7 +125,7 @@ def test_frequencies_follow_and_begin_anew_when_a_kind_appears():
     fed(weights, [(0, Kind.DEMO, 20), (0, Kind.POLICY, 20), (0, Kind.OPERATOR, 60)])
     want = 0.5 / (0.98 * 0.3 + 0.02 * 0.6)
     assert table(weights)[Kind.OPERATOR] == pytest.approx(want)
-    fed(weights, [(1, Kind.DEMO, 9)])
+    fed(weights, [(1, Kind.DEMO, 9)], times=500)
     assert table(weights)[Kind.OPERATOR] == pytest.approx(want), "a batch without this task says nothing of it"
 
 

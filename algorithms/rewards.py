@@ -247,9 +247,7 @@ class RewardWatch:
         size = math.sqrt(sums["square"] / sums["known"])
         if not self._any_size and (size > self.LARGE or 0 < size < self.SMALL):
             ten = round(math.log10(size))
-            return (
-                f"returns are of the size of 1e{ten}: critics learn well where it is 0.1 to 100, so set the scale to 1e{-ten}"
-            )
+            return f"returns are of the size of 1e{ten}: critics learn well from 0.1 to 100; multiply reward_scale by 1e{-ten}"
         return ""
 
     def _upside_down(self) -> bool:
@@ -258,6 +256,6 @@ class RewardWatch:
 
 
 def _last_BH(batch: Batch) -> Tensor:
-    """The step that a finished episode ends with, where a window has it."""
+    """The place of the step that a finished episode ends with, where a window reaches so far."""
     position_BH = torch.arange(batch.mask_BH.shape[1], device=batch.mask_BH.device).expand_as(batch.mask_BH)
-    return batch.mask_BH.bool() & (position_BH == (batch.steps_to_go_B - 1)[:, None])
+    return position_BH == (batch.steps_to_go_B - 1)[:, None]

@@ -224,8 +224,8 @@ UNPAID = episode(6, Outcome.FAILURE, TIME_LIMIT, rewards=[0.0] * 6)
             (episode(6, Outcome.SUCCESS, END, rewards=[0, 0, 0, 0, 0, -1.0]), UNPAID),
             "the sign of the rewards is wrong",
         ),
-        (Rewards("environment", 0.9, scale=1e5), (PAID, UNPAID), "size of 1e5: critics learn well where it is 0.1 to 100, so"),
-        (Rewards("environment", 0.9, scale=1e-4), (PAID, UNPAID), "so set the scale to 1e4"),
+        (Rewards("environment", 0.9, scale=1e5), (PAID, UNPAID), "returns are of the size of 1e5: critics learn"),
+        (Rewards("environment", 0.9, scale=1e-4), (PAID, UNPAID), "multiply reward_scale by 1e4"),
     ],
 )
 def test_rewards_from_which_nothing_can_be_learnt_are_noticed(rewards, batches, said):

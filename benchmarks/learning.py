@@ -16,7 +16,8 @@ updates; human steps (demonstrations and operator) are counted. ``learning_metho
 ``learning_scenarios`` how much of everything is done.
 
 The policy of all methods but RLPD is one small flow policy (width 64, 2 layers, 5 steps): RECAP and Q-chunking need a flow,
-and what is compared is algorithms. RLPD needs a density: a squashed Gaussian.
+and what is compared is algorithms. RLPD needs a density: a squashed Gaussian. RECAP's flow takes the condition "advantage" and
+begins with RECAP's own fine-tuning on the demonstrations instead of cloning.
 
 Releases act deterministically on held-out starts that nobody trained on, 4 of 8 actions of a chunk.
 """

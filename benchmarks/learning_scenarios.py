@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.learning_methods import BATCH, CLONING, EVERY, METHODS, WITHOUT, Method
+from benchmarks.learning_methods import BATCH, CLONING, EVERY, MAX_STEPS, METHODS, WITHOUT, Method
 from benchmarks.policies_data import MT10
 from fleet.seeds import CLAIMS
 
@@ -68,7 +68,7 @@ class Scenario:
     helped: tuple[str, ...]
     methods: tuple[str, ...]
     adapter: str = "metaworld"
-    robot: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"max_steps": 200})
+    robot: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"max_steps": MAX_STEPS})
     control: str = "no new data"
     claim: bool = False
 
@@ -86,6 +86,7 @@ class Scenario:
         if method.operator and method.name in self.helped:
             operator = {"adapter": "scripted", "settings": {**self.operator, "seed": seed}}
         start = {"name": "bc", "config": {**CLONING, "seed": seed}} if method.start else {"name": ""}
+        config = {key: value(counts) if callable(value) else value for key, value in method.config.items()}
         learner = {
             "steps": counts.start_steps + counts.steps,
             "start_steps": counts.start_steps,
@@ -105,7 +106,7 @@ class Scenario:
             "learner": learner,
             "policy": {"family": method.policy["family"], "config": dict(method.policy["config"])},
             "start": start,
-            "algorithm": {"name": method.algorithm, "config": {"batch_size": BATCH, **method.config, "seed": seed}},
+            "algorithm": {"name": method.algorithm, "config": {"batch_size": BATCH, **config, "seed": seed}},
         }
 
 
@@ -136,7 +137,7 @@ SCENARIOS = {
         (),
         8,
         IMPERFECT,
-        {**GATE, "expert": IMPERFECT},
+        {**GATE, "expert": IMPERFECT, "gate_distance": 0.8},  # its own error is up to half of that
         ("hg_dagger",),
         ("bc", "no new data", "hg_dagger", "recap, offline", "recap, online", "co_rft", "q_chunking", "iql", "rlpd"),
         control="hg_dagger",

@@ -121,6 +121,8 @@ def test_what_was_finished_is_taken_and_what_changed_is_not(tmp_path, monkeypatc
     for counts in (COUNTS, COUNTS, dataclasses.replace(COUNTS, steps=11)):
         run_all(TOY, ["hg_dagger"], counts, tmp_path, seeds=1, workers=1)
     assert done == ["start", "method"] * 2
+    run_all(TOY, ["no new data", "bc"], dataclasses.replace(COUNTS, steps=11), tmp_path, seeds=1, workers=1)
+    assert done == ["start", "method"] * 2 + ["method"]  # the start is the same, whoever else is compared
 
 
 def test_a_robot_is_due_evenly_or_at_once_and_by_the_newest_release():
@@ -182,6 +184,28 @@ def test_scenarios_name_methods_and_make_run_files_that_are_read(key, tmp_path):
             path = tmp_path / "run.yaml"
             path.write_text(yaml.safe_dump(tables))
             assert load_plain_tables(path, [])["learner"].start_steps == COUNTS.start_steps
+
+
+def test_an_imperfect_expert_is_slower_and_errs_as_its_start_says():
+    pytest.importorskip("metaworld")
+    from actors.operators.experts import MetaWorldExpert
+    from benchmarks.learning_experts import NOISE, ImperfectExpert
+
+    good, imperfect = MetaWorldExpert(), ImperfectExpert()
+    speeds, rng = [], np.random.default_rng(0)
+    for _ in range(20):
+        obs = {STATE: rng.uniform(-0.1, 0.1, 39).astype(np.float32)}
+        runs = []
+        for expert in (good, imperfect, imperfect):
+            expert.reset("reach-v3")
+            runs.append(np.array([expert.action(obs) for _ in range(400)]))
+        best, slow, again = runs
+        assert np.array_equal(slow, again) and np.array_equal(slow[:, 3], best[:, 3])
+        inside = np.abs(best[0, :3]) < 0.3  # what the clip leaves alone
+        if inside.any():
+            assert slow[:, :3][:, inside].std() == pytest.approx(NOISE, rel=0.35)
+        speeds.append(slow[:, :3].mean(0)[~inside].sum() / best[:, :3].mean(0)[~inside].sum() if (~inside).any() else 0.7)
+    assert 0.4 < np.mean(speeds) < 0.95 and np.std(speeds) > 0.05
 
 
 def test_names_of_methods_are_folders_of_their_own():

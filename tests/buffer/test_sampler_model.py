@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -139,6 +140,7 @@ def test_long_histories_and_lookahead_over_many_fragments(tmp_path, within):
     batch = sampler.batch(needs, 0)
     assert_windows(recorder, batch, needs)
     frames_and_distances = set(zip(batch.frame_B.tolist(), batch.takeover_in_B.tolist(), strict=True))
+    assert set(sampler.batch(dataclasses.replace(needs, takeover_within=0), 0).takeover_in_B) == {-1}
     assert {(0, -1), (1, 9), (8, 2), (9, 1), (10, 0), (12, -1)} <= frames_and_distances, "frames 10 and 11 are the operator's"
 
 

@@ -94,10 +94,10 @@ def distributions(rng, task):
     return rng.normal(-0.1, 0.01) if rng.random() < 0.8 else rng.normal(0.1, 0.01)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.4])
-def test_thresholds_are_the_quantiles_of_each_task(share):
+@pytest.mark.parametrize(("share", "scale"), [(0.1, 1.0), (0.3, 0.01), (0.3, 1.0), (0.3, 10.0), (0.4, 1.0)])
+def test_thresholds_are_the_quantiles_of_each_task(share, scale):
     rng = np.random.default_rng(0)
-    samples = np.array([[distributions(rng, task) for _ in range(4000)] for task in range(3)], np.float32)
+    samples = scale * np.array([[distributions(rng, task) for _ in range(4000)] for task in range(3)], np.float32)
 
     def draw(number, rows):
         task_B, which_B = rng.integers(3, size=rows), rng.integers(4000, size=rows)

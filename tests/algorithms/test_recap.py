@@ -78,7 +78,7 @@ def two_tasks():
         (Outcome.SUCCESS, Source.DEMO),
         (Outcome.OPEN, Source.POLICY),
         (Outcome.UNKNOWN, Source.POLICY),
-        (Outcome.SUCCESS, np.repeat([0, 1, 0], [5, 6, 3])),
+        (Outcome.SUCCESS, np.repeat([0, 1, 0, 1, 0], [4, 2, 3, 2, 3])),
         (Outcome.FAILURE, Source.POLICY),
     ]
     for task, (outcome, source) in ((task, kind) for task in range(TASKS) for kind in kinds):
@@ -457,5 +457,6 @@ def test_from_good_and_bad_data_the_positive_policy_succeeds_where_cloning_does_
     cloned, positive = success(policy), success(policy, {ADVANTAGE: torch.ones(128)})
     negative = success(policy, {ADVANTAGE: -torch.ones(128)})
     guided = success(policy, {ADVANTAGE: torch.ones(128)}, guidance=2.0)
-    assert positive > cloned + 0.4 and positive > 0.85
+    own = np.mean(np.array(episodes.columns["outcome"])[np.array(episodes.columns["left"]) == 1] == Outcome.SUCCESS)
+    assert abs(cloned - own) < 0.2 and positive > cloned + 0.4 and positive > 0.85
     assert negative < cloned and guided >= positive - 0.05

@@ -21,6 +21,7 @@ from fleet.batch import Outcome
 
 NEAR = 0.3  # part of the judged steps from which the density at a threshold is taken
 FIRST_WIDTH = 0.05  # of the band that holds them, to begin with; values lie in [-1, 0]
+LEAST_WIDTH = 1e-4  # where all advantages were alike for long the band would vanish, and the threshold stay for ever
 _MIX, _STEP, _FRAME, _OUTCOME = 0x9E3779B97F4A7C1, 0xBF58476D1CE4E5B, 0x94D049BB133111F, 0xD6E8FEB86659FD9  # odd
 
 
@@ -113,7 +114,8 @@ class Thresholds:
                 self._seen_K[task] = min(self._seen_K[task] + count, float(self._window))
                 gain = min(count / self._seen_K[task], 1.0)
                 self._value_K[task] += gain * (stats[f"above_{task}"] - self._share) * 2 * self._width_K[task] / NEAR
-                self._width_K[task] *= math.exp(gain * (1 - stats[f"near_{task}"] / NEAR))
+                wider = math.exp(gain * (1 - stats[f"near_{task}"] / NEAR))
+                self._width_K[task] = max(self._width_K[task] * wider, LEAST_WIDTH)
 
     def state(self, task: int) -> list[float]:
         """Of one task: its threshold, and what it goes on with."""

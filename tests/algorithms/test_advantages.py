@@ -145,6 +145,18 @@ def test_thresholds_of_equal_advantages_stay_finite():
     assert thresholds.state(0)[0] == pytest.approx(-0.25, abs=0.05)
 
 
+def test_thresholds_come_away_from_advantages_that_were_alike_for_long():
+    rng = np.random.default_rng(2)
+
+    def draw(number, rows):
+        advantage_B = torch.from_numpy(rng.normal(0.0, 0.05, rows) if number >= 1000 else np.full(rows, -0.25)).float()
+        return torch.zeros(rows, dtype=torch.long), advantage_B, torch.ones(rows, dtype=torch.bool)
+
+    thresholds = Thresholds(1, 0.3)
+    follow(thresholds, draw, 1300)
+    assert thresholds.state(0)[0] == pytest.approx(0.05 * 0.524, abs=0.01)
+
+
 def rows_of_steps(steps, outcome=SUCCESS):
     step_B = torch.tensor(steps)
     actions = torch.stack([step_B * 0.25, -step_B.float()], 1)[:, None]

@@ -13,6 +13,7 @@ import pytest
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_JIT", "1")  # compiling takes longer than what these tests compute
+os.environ.setdefault("RL_WARNINGS", "False")  # torchrl misses an updater of its targets, which are tested as they stand
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -21,5 +22,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     num_passed, num_skipped = len(reporter.stats.get("passed", ())), len(reporter.stats.get("skipped", ()))
     if num_passed == 0 or num_skipped > 0:
+        reporter.ensure_newline()
         reporter.write_line(f"{num_passed} passed, {num_skipped} skipped: all are to be tried here", red=True)
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED

@@ -22,6 +22,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     num_passed, num_skipped = len(reporter.stats.get("passed", ())), len(reporter.stats.get("skipped", ()))
     if num_passed == 0 or num_skipped > 0:
-        reporter.ensure_newline()
-        reporter.write_line(f"{num_passed} passed, {num_skipped} skipped: all are to be tried here", red=True)
+        reporter.write_line(f"\n{num_passed} passed, {num_skipped} skipped: all are to be tried here", red=True)
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED

@@ -51,7 +51,7 @@ test-lerobot: $(LEROBOT)/.ready-lerobot  ## policies, import and export tried wi
 
 bench: $(VENV)/.ready-dev  ## every benchmark, and benchmarks/RESULTS.md from their results
 	@tools/setup_peers.sh || echo "bench  without these peers: their rows will say so"
-	@for name in attribution buffer learner policies; do
+	@for name in attribution buffer learner policies learning; do
 		echo "bench  $$name"
 		$(PY) -m benchmarks.$$name --json
 	done

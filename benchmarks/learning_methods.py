@@ -17,7 +17,7 @@ FLOW = {"family": "flow", "config": SMALL}
 JUDGED = {"family": "flow", "config": {**SMALL, "advantage": True}}  # takes the condition "advantage"
 SQUASHED = {"family": "squashed", "config": {"horizon": HORIZON}}
 BATCH = 64
-CLONING = {"batch_size": BATCH, "learning_rate": 1e-3, "ema_decay": 0.998}
+CLONING = {"batch_size": BATCH, "learning_rate": 1e-3, "ema_decay": 0.995}
 NETWORK = {"width": 256, "num_layers": 3}  # of critics and values
 MAX_STEPS = 200  # the robot's time limit
 
@@ -62,7 +62,7 @@ class Method:
         return f"{self.start or self.algorithm}-{self.policy['family']}{wide}"
 
 
-AVERAGE = {"ema_decay": 0.998}
+AVERAGE = {"ema_decay": 0.995}
 IMITATION = {**AVERAGE, "learning_rate": 5e-4, "start_steps": 0}
 OWN = {"autonomous": "successful"}
 # The start is the paper's fine-tuning: demonstrations are positive, the value learns from them.

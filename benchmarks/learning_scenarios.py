@@ -31,8 +31,8 @@ class Counts:
     """
 
     start_steps: int = 1500
-    steps: int = 2500
-    env_steps: int = 2500
+    steps: int = 2000
+    env_steps: int = 3000
     episodes: int = 50
     curve: int = 4
     curve_episodes: int = 15

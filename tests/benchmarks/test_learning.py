@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from benchmarks.learning_runs import Outcome, run_all
 from benchmarks.learning_scenarios import SCENARIOS, Counts, Scenario
 from buffer.sampler import Sampler
 from fleet.batch import BatchNeeds
+from fleet.batch import Outcome as Ended
 from fleet.robot import Source
 from fleet.runfolder import RunFolder
 from fleet.server.releases import ReleaseStore
@@ -59,7 +61,7 @@ def steps_of(run: Path) -> dict[str, np.ndarray]:
         sampler.windows_of(range(len(sampler.index.episodes.keys)), BatchNeeds(1, 1, (STATE,), {tuple(Source): 1.0}))
     )
     sampler.close()
-    names = ("task_B", "episode_B", "frame_B", "source_B", "version_B", "actions_BHA")
+    names = ("task_B", "episode_B", "frame_B", "source_B", "version_B", "outcome_B", "actions_BHA")
     return {**{name: getattr(windows, name) for name in names}, STATE: windows.obs[STATE]}
 
 
@@ -68,7 +70,11 @@ def newest_weights(run: Path) -> dict[str, np.ndarray]:
     return load(store.load(store.newest() or 0))
 
 
-def test_methods_get_equal_steps_and_human_steps_are_counted(tmp_path):
+@pytest.mark.timeout(300)
+def test_methods_get_equal_steps_and_human_steps_are_counted(tmp_path, monkeypatch):
+    publish = ReleaseStore.publish
+    slow = lambda *args, **fields: time.sleep(0.1) or publish(*args, **fields)  # noqa: E731 - a disk slower than updates
+    monkeypatch.setattr(ReleaseStore, "publish", slow)
     outcomes = {o.method: o for o in run_all(TOY, NAMES, COUNTS, tmp_path, seeds=1, workers=1)}
     assert not [o.why for o in outcomes.values() if o.why]
     assert outcomes["bc"].learner_steps == 4 and outcomes["bc"].curve[0][0] == 4
@@ -91,6 +97,19 @@ def test_methods_get_equal_steps_and_human_steps_are_counted(tmp_path):
     assert versions["hg_dagger"] - {-1} == {1, 2, 3} and versions["hg_dagger-first"] - {-1} == {1}
 
 
+def test_only_successful_demonstrations_stay_and_so_many_of_each_task(tmp_path, monkeypatch):
+    short = dataclasses.replace(TOY, robot={"max_steps": 17}, demonstrations=3)  # the expert needs 11 to 20 steps
+    monkeypatch.setattr(learning_process, "learn", lambda *_: {})
+    monkeypatch.setattr(learning_process, "try_releases", lambda *_, **__: {"rows": [["reach", 1, 1, 9]]})
+    run_all(short, ["bc"], COUNTS, tmp_path, seeds=1, workers=1)
+    (run,) = (tmp_path / "toy").iterdir()
+    steps = steps_of(run)
+    ends = {episode: steps["frame_B"][steps["episode_B"] == episode].max() for episode in set(steps["episode_B"])}
+    tasks = [steps["task_B"][steps["episode_B"] == episode][0] for episode in ends]
+    assert sorted(tasks) == [0] * 3 + [1] * 3 and max(ends.values()) < 17 and (steps["outcome_B"] == Ended.SUCCESS).all()
+
+
+@pytest.mark.timeout(300)
 def test_two_runs_of_a_seed_are_the_same_and_another_seed_is_not(tmp_path):
     for again in ("a", "b"):
         run_all(TOY, ["hg_dagger"], COUNTS, tmp_path / again, seeds=1 if again == "a" else 2, workers=1)
@@ -144,6 +163,7 @@ def test_rows_say_means_over_seeds_and_differences_seed_by_seed(tmp_path):
     scenario = dataclasses.replace(TOY, robot_tasks=(), control="hg_dagger", claim=True)
     outcomes = [outcome("hg_dagger", seed, seed, demonstration_steps=100, operator_steps=20 * seed) for seed in (1, 2, 3)]
     outcomes += [outcome("iql", seed, seed + 2 + seed % 2, 40) for seed in (1, 2, 3)]
+    outcomes += [outcome("iql", 4, 0)]  # of a seed that the control does not have
     outcomes += [Outcome("rlpd", 1, why="no such class")]
     rows = {row.what: row for row in rows_of(scenario, outcomes)}
     success = next(row for what, row in rows.items() if what.startswith("hg_dagger: success"))
@@ -180,10 +200,9 @@ def test_scenarios_name_methods_and_make_run_files_that_are_read(key, tmp_path):
     assert set(scenario.robot_tasks) <= set(scenario.tasks) and scenario.control in scenario.methods
     assert set(scenario.methods) | set(scenario.helped) <= set(EVERY)
     for name in scenario.methods:
-        for tables in (scenario.tables(EVERY[name], COUNTS, 1), scenario.start_tables(EVERY[name], COUNTS, 1)):
-            path = tmp_path / "run.yaml"
-            path.write_text(yaml.safe_dump(tables))
-            assert load_plain_tables(path, [])["learner"].start_steps == COUNTS.start_steps
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(scenario.tables(EVERY[name], COUNTS, 1)))
+        assert load_plain_tables(path, [])["learner"].start_steps == COUNTS.start_steps
 
 
 def test_an_imperfect_expert_is_slower_and_errs_as_its_start_says():

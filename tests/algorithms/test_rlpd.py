@@ -13,6 +13,7 @@ from algorithms.policies.base import INSTRUCTION, Chunk
 from algorithms.policies.registry import build
 from algorithms.policies.statistics import Statistics
 from algorithms.rlpd import Rlpd, RlpdConfig
+from algorithms.windows import fill_with_last_action
 from buffer.draw import draw_part
 from fleet.batch import Outcome
 from fleet.errors import ConfigError
@@ -162,6 +163,10 @@ def test_value_and_entropy_behind_a_chunk_count_by_how_it_ends():
         factor = 0.0 if known is None or not num else GAMMA**known
         torch.testing.assert_close(plain[b], reward + factor * 5.0 + torch.zeros(()))
         torch.testing.assert_close(target[b] - plain[b], factor * 0.5 * entropy[b], rtol=1e-3, atol=1e-4)
+    out, known = algorithm.loss("critic", batch), weight > 0
+    values = algorithm._critic(batch.obs, fill_with_last_action(batch).actions_BHA)
+    torch.testing.assert_close(_mean(out), ((values - target) ** 2)[:, known].mean())  # the others say nothing
+    assert 0 < out.weight == known.sum() < B
 
 
 def test_time_limits_are_the_end_where_the_configuration_says_so():

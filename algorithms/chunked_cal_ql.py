@@ -15,7 +15,8 @@ successes of 1 it is 0.1 here.
 Different: mean |Q| is a running mean of all ranks' batches, so that parts of a batch add up. The imitation loss is the
 policy's own (L1, flow matching), not a squared distance. The policy needs a gradient through ``act``: ``mlp``, ``cnn`` and
 ``squashed`` have one, and flows, through all of their steps: few of them (policy.config.num_steps=4), or time and memory are
-lost. Tokens have none.
+lost. Tokens have none. pi(s) is what a policy does without noise; of one without a density (a flow) it is a sample, since what
+climbs at one draw of the noise stays where it was at the others.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from algorithms.chunked_config import ChunkedRlConfig
 from algorithms.chunked_rl import ACTOR, NEXT, NEXT_NOISE, SAMPLES, ChunkedRl
 from algorithms.conservative import conservative_gap
 from algorithms.ema import Target
-from algorithms.sampling import aggregated, sample_chunks, within_reach
+from algorithms.sampling import aggregated, has_gradient, sample_chunks, within_reach
 from fleet.errors import ConfigError
 
 
@@ -43,6 +44,12 @@ class CalQl(ChunkedRl):
 
     def __init__(self, policy: Any, config: ChunkedRlConfig, data: DataFacts = NO_FACTS) -> None:
         super().__init__(policy, config, data)
+        if not has_gradient(policy):
+            raise ConfigError(
+                f"chunked_rl with method cal_ql was given a policy of family {getattr(policy, 'family', '?')!r}",
+                rule="what the policy does has a gradient",
+                remedy="policy.family=mlp, cnn, squashed or flow; or method iql, which needs none",
+            )
         self._policy_target = Target(policy, config.tau)
         self._keep(policy_target=self._policy_target)
         self.parts["policy"].after_update = self._policy_target.follow
@@ -77,12 +84,6 @@ class CalQl(ChunkedRl):
     def _policy_loss(self, micro: Batch) -> LossOutput:
         """The mean over rows: those that are not imitated climb the critic alone."""
         actions_BHA = self._act(self._policy, micro.obs, micro, ACTOR, 1)
-        if torch.is_grad_enabled() and not actions_BHA.requires_grad:
-            raise ConfigError(
-                f"chunked_rl with method cal_ql was given a policy of family {getattr(self._policy, 'family', '?')!r}",
-                rule="what the policy does has a gradient",
-                remedy="policy.family=mlp, cnn or flow; or method iql, which needs none",
-            )
         q_B = self._q(micro, within_reach(actions_BHA, self.critic.scale))
         imitation_B, num_valid_B = self._imitation(micro)
         loss_B = imitation_B - self._climbs * self.config.q_weight / self._size * q_B
@@ -95,7 +96,7 @@ class CalQl(ChunkedRl):
         return LossOutput(loss_B.sum(), torch.ones_like(loss_B).sum(), loss_B.detach(), stats)
 
     def _act(self, policy: Any, obs: Mapping[str, Tensor], micro: Batch, stream: int, num: int) -> Tensor:
-        """Chunks by which the policy acts; ``num`` states of each row."""
-        noise = self._noise(self._policy, micro, stream, num) if self.config.sample_actor else None
+        """Chunks by which the policy acts, in ``num`` states of each row."""
+        noise = None if self._policy.spec.density else self._noise(self._policy, micro, stream, num)
         actions_BHA: Tensor = policy.act(obs, noise).actions_BHA
         return actions_BHA

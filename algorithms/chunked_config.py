@@ -74,9 +74,6 @@ class ChunkedRlConfig:
     """Of cal_ql with several samples: T of their logsumexp."""
     q_weight: float = 2.5
     """Of cal_ql: TD3+BC's alpha: weight of Q, over the mean |Q|, beside the imitation loss."""
-    sample_actor: bool = False
-    """Of cal_ql: whether the policy is improved where it samples, instead of where it acts without noise. For flows that
-    robots sample from."""
     target_noise: float = 0.2
     """Of cal_ql: deviation of the noise on target chunks, in units of the actions' range."""
     target_noise_clip: float = 0.5
@@ -85,7 +82,7 @@ class ChunkedRlConfig:
     """Of q_chunking: N, chunks of which the best acts."""
     target_samples: int = 32
     """Of q_chunking: N of the targets."""
-    distill_weight: float = 10.0
+    distill_weight: float = 1.0
     """Of q_chunking_distilled: weight of the distance to the flow's chunk beside Q over the mean |Q|."""
     value: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Of iql: fields of the state value's Config: width, num_layers, vision, instruction_dim."""

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from algorithms.base import Batch, noise_of
+from algorithms.policies.base import TEXT
 from algorithms.policies.normalise import ActionScale
+from algorithms.policies.text import text_of
 
 AGGREGATES = ("mean", "min")
 REACH = 1.5  # chunks that critics judge are clipped to so many times the 1 % to 99 % range of the data's actions
@@ -35,6 +37,21 @@ def sample_chunks(policy: Any, obs: Mapping[str, Tensor], noise: Any, num: int) 
     """(B N, H, A): N chunks of each state, of ``noise_of_samples``."""
     actions: Tensor = policy.act({name: value.repeat_interleave(num, 0) for name, value in obs.items()}, noise).actions_BHA
     return actions
+
+
+@torch.enable_grad()
+def has_gradient(policy: Any) -> bool:
+    """Whether a policy's weights have a gradient through ``act``; tokens, which are chosen, give none."""
+    spec, weights = policy.spec, [p for p in policy.parameters() if p.requires_grad]
+    obs = {name: torch.zeros(1, *shape) for name, shape in {**spec.reads, **spec.conditions}.items()}
+    obs |= {name: torch.zeros(1, *shape, dtype=torch.uint8) for name, shape in spec.images.items()}
+    if TEXT in spec.conditions:
+        obs[TEXT] = text_of("any task")[None]
+    actions_BHA = policy.act({name: value.to(weights[0].device) for name, value in obs.items()}).actions_BHA
+    if not actions_BHA.requires_grad:
+        return False
+    gradients = torch.autograd.grad(actions_BHA.sum(), weights, allow_unused=True)
+    return any(bool(gradient.any()) for gradient in gradients if gradient is not None)
 
 
 def aggregated(values_KB: Tensor, aggregate: str) -> Tensor:

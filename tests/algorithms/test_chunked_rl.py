@@ -311,7 +311,7 @@ def test_critics_of_several_tasks_read_the_instruction():
 
 def test_every_setting_has_a_range_or_is_checked_elsewhere():
     elsewhere = {"method", "reward", "discount", "reward_scale", "step_cost", "failure_cost", "timeouts", "seed"}
-    free = {"critic", "value", "weight_decay", "fill_ends", "sample_actor", "normalise_advantages"}
+    free = {"critic", "value", "weight_decay", "fill_ends", "normalise_advantages"}
     algorithm = make("iql")
     for field in dataclasses.fields(ChunkedRlConfig):
         if field.name in elsewhere | free:

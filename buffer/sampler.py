@@ -241,7 +241,7 @@ class Sampler:
 
     def windows_at(self, steps_B: np.ndarray, needs: BatchNeeds) -> Draw:
         """The windows at these steps of the index, in order."""
-        return self._maker.make(steps_B, needs, -1, self.position, self._log.arenas)
+        return self._maker.make(steps_B.copy(), needs, -1, self.position, self._log.arenas)  # gathering may replace some
 
     def close(self) -> None:
         self._log.close()

@@ -317,6 +317,8 @@ def test_the_same_data_and_seed_make_the_same_classifier(run, tmp_path):
     first, second = (trained(run, "--out", tmp_path / name, steps=20) for name in ("a", "b"))
     assert first["weights_sha256"] == second["weights_sha256"] and first["thresholds"] == second["thresholds"]
     assert load(tmp_path / "a").made_of == load(tmp_path / "b").made_of
+    assert len(first["train"]) == 16 and len(first["held_out"]) == 8  # two of each task and outcome
+    assert not set(first["train"]) & set(first["held_out"])
     assert trained(run, "--seed", "3", steps=20)["held_out"] != first["held_out"]
     code, _, err = classify("train", run.path, "--steps", "1", "--out", tmp_path / "a")
     assert code == 2 and "is not empty" in err

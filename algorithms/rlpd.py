@@ -115,7 +115,8 @@ class Rlpd:
     def __init__(self, policy: Any, config: RlpdConfig, data: DataFacts = NO_FACTS) -> None:
         _check(config)
         _require_density(policy)
-        self.config, self._policy, self._step, self._update, self.advice = config, policy, 0, 0, ""
+        self.config, self._policy, self.advice = config, policy, ""
+        self._step = self._update = self._num_steps = 0  # the run's step, its update of the critics, steps made here
         self._rewards = Rewards(
             config.reward, config.discount, config.reward_scale, config.step_cost, config.failure_cost, config.timeouts
         )
@@ -155,9 +156,9 @@ class Rlpd:
         return {"critic": self._critic_loss, "policy": self._policy_loss, "temperature": self._temperature_loss}[part](micro)
 
     def after_step(self, step: int, stats: Mapping[str, float]) -> None:
-        """``step`` counts from 0."""
+        """``step`` counts from 0, and may have begun with another algorithm."""
         self._ema.update(step)
-        self._step, self._update = step + 1, 0
+        self._step, self._update, self._num_steps = step + 1, 0, self._num_steps + 1
         seen = {name.removeprefix("critic."): value for name, value in stats.items() if name.startswith("critic.")}
         self._watch.see(seen)
         self.advice = _advice(seen) or self._watch.advice
@@ -167,10 +168,11 @@ class Rlpd:
         return self._ema.module
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step, "ema": self._ema.state_dict(), "target": self._target.state_dict()}
+        averages = {"ema": self._ema.state_dict(), "target": self._target.state_dict()}
+        return {"step": self._step, "num_steps": self._num_steps, **averages}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._step = int(state["step"])
+        self._step, self._num_steps = int(state["step"]), int(state["num_steps"])
         self._ema.load_state_dict(state["ema"])
         self._target.load_state_dict(state["target"])
 
@@ -222,7 +224,7 @@ class Rlpd:
 
     def _when_critics_know(self, loss_B: Tensor, stats: Any) -> LossOutput:
         """The mean of a loss, or one of no weight, which changes nothing."""
-        weight = loss_B.new_tensor(float(len(loss_B)) * (self._step >= self.config.critic_steps))
+        weight = loss_B.new_tensor(float(len(loss_B)) * (self._num_steps >= self.config.critic_steps))
         return LossOutput(loss_B.sum() * (weight > 0), weight, loss_B.detach(), stats)
 
     def _log_density(self, chunk: Chunk) -> Tensor:

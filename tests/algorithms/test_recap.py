@@ -458,5 +458,5 @@ def test_from_good_and_bad_data_the_positive_policy_succeeds_where_cloning_does_
     negative = success(policy, {ADVANTAGE: -torch.ones(128)})
     guided = success(policy, {ADVANTAGE: torch.ones(128)}, guidance=2.0)
     own = np.mean(np.array(episodes.columns["outcome"])[np.array(episodes.columns["left"]) == 1] == Outcome.SUCCESS)
-    assert abs(cloned - own) < 0.2 and positive > cloned + 0.4 and positive > 0.85
+    assert abs(cloned - own) < 0.2 and positive > cloned + 0.4 and positive > 0.8
     assert negative < cloned and guided >= positive - 0.05

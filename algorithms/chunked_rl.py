@@ -19,6 +19,7 @@ Shape suffixes: B batch, H chunk length, A action dims, K critics, L beginnings,
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -51,7 +52,7 @@ EXPERTS = (Source.DEMO, Source.OPERATOR)
 SCALE_SHARE = 0.01  # of the newest batch in the running mean of ``scale_stat``
 
 
-class ChunkedRl:
+class ChunkedRl(abc.ABC):
     """Implements ``algorithms.base.Algorithm``; makes the method that its config names. All have the parts "critic" and
     "policy".
 
@@ -132,9 +133,9 @@ class ChunkedRl:
         for name, average in self._averages.items():
             average.load_state_dict(state["averages"][name])
 
+    @abc.abstractmethod
     def next_value(self, obs: Mapping[str, Tensor], micro: Batch) -> Tensor:
         """V' of the states behind each beginning, (B L,): those of a row behind each other. Called without gradients."""
-        raise NotImplementedError
 
     def _policy_loss(self, micro: Batch) -> LossOutput:
         """The mean imitation loss over all valid actions."""

@@ -250,7 +250,7 @@ def test_open_episodes_alone_are_learnt_from_and_it_is_said_what_is_missing(meth
     [
         (lambda shape: torch.zeros(shape), "all rewards of the robots are 0"),
         (lambda shape: torch.ones(shape), "longer episodes are always better"),
-        (lambda shape: 1e5 * torch.rand(shape, generator=torch.Generator().manual_seed(0)), "set the scale to"),
+        (lambda shape: 1e5 * torch.rand(shape, generator=torch.Generator().manual_seed(0)), "returns are of the size of 1e5"),
     ],
 )
 def test_rewards_that_teach_nothing_are_noticed(method, rewards, said):

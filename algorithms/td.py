@@ -11,7 +11,8 @@ A window of H steps that begins at t has one of three ends:
 The last case is a time limit, an abort, or the end of what is recorded so far. The observation behind the last step is in no
 log, the one before it is: it is what a window has at offsets beyond its episode. So such chunks stop one step early instead
 of being dropped (as in Q-chunking, arXiv 2507.07969), or taken for failures. A window that begins at such a last step has
-nothing to learn from: its weight is 0, and it is the only one that is left out.
+nothing to learn from: its weight is 0, and it is the only one that is left out. The reward of such a last step is in no target:
+whoever sends rewards of success by the step (``environment``) ends these episodes with next.terminated.
 
 For whole-chunk critics the third case is exact where the policy would go on as the rest of the chunk does, and else an upper
 bound: the rest, which nobody has seen the end of, is judged as if the policy chose it.

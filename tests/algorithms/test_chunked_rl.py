@@ -215,6 +215,7 @@ def test_rows_of_which_nothing_is_known_do_not_count(method):
     batch.outcome_B[0], batch.steps_to_go_B[0] = int(Outcome.OPEN), -1
     for inside in batch.inside_at.values():
         inside[0] = False
+    assert not algorithm._targets(algorithm.prepare(batch))[0].requires_grad
     for part in {"critic", "value"} & set(algorithm.parts):
         out, expected = gradients(algorithm, part, batch)
         other, found = gradients(algorithm, part, take_rows(batch, range(1, B)))

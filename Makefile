@@ -8,6 +8,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 LEROBOT := .venv-lerobot
+REFERENCE := .venv-reference
 SETUP := pyproject.toml constraints/main.txt tools/setup.sh tools/find_python.sh
 RUN ?=
 TESTS ?= tests
@@ -15,7 +16,7 @@ TESTS ?= tests
 WORKERS ?= $(shell echo $$(( $$(nproc) < 7 ? $$(nproc) + 1 : 8 )))
 PARALLEL = $(if $(filter tests,$(TESTS)),-n $(WORKERS) --max-worker-restart=0 --dist loadfile --no-loadscope-reorder)
 
-.PHONY: help demo test test-full test-lerobot lerobot bench lint clean
+.PHONY: help demo test test-full test-reference test-lerobot lerobot bench lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -27,9 +28,19 @@ test: lint  ## lint, types and every test at small counts
 	@echo "tests (FLEET_TEST_SCALE=1)"
 	FLEET_TEST_SCALE=1 $(PY) -m pytest -q $(PARALLEL) --durations=15 $(TESTS)
 
-test-full: lint  ## the same at the counts that the claims state
+test-full: lint  ## the same at the counts that the claims state, and test-reference
 	@echo "tests (FLEET_TEST_SCALE=10)"
 	FLEET_TEST_SCALE=10 $(PY) -m pytest -q $(PARALLEL) --durations=30 --timeout=1200 $(TESTS)
+	if [ "$(TESTS)" != tests ]; then exit; fi
+	if $(MAKE) --no-print-directory $(REFERENCE)/.ready-reference; then
+		$(MAKE) --no-print-directory test-reference
+	else
+		echo "test-reference: SKIPPED, losses were not compared with other libraries: $(REFERENCE) could not be made (above)"
+	fi
+
+test-reference: $(REFERENCE)/.ready-reference  ## losses and gradients against d3rlpy, torchrl, rlax and stable-baselines3
+	@echo "tests against other libraries"
+	FLEET_REFERENCE=all $(REFERENCE)/bin/python -m pytest -q --durations=5 tests/reference
 
 lerobot: $(LEROBOT)/.ready-lerobot  ## an environment with lerobot, for its policies, and fleet data import and export (Python 3.12 or newer)
 	@echo "use $(LEROBOT)/bin/fleet data import | export"
@@ -40,7 +51,7 @@ test-lerobot: $(LEROBOT)/.ready-lerobot  ## policies, import and export tried wi
 
 bench: $(VENV)/.ready-dev  ## every benchmark, and benchmarks/RESULTS.md from their results
 	@tools/setup_peers.sh || echo "bench  without these peers: their rows will say so"
-	@for name in attribution buffer learner policies; do
+	@for name in attribution buffer learner policies learning; do
 		echo "bench  $$name"
 		$(PY) -m benchmarks.$$name --json
 	done
@@ -60,6 +71,9 @@ $(VENV)/.ready-dev: $(SETUP)
 $(LEROBOT)/.ready-lerobot: pyproject.toml constraints/lerobot.txt tools/setup.sh tools/find_python.sh
 	@LEAST_PYTHON=3.12 CONSTRAINTS=constraints/lerobot.txt tools/setup.sh $(LEROBOT) lerobot lerobot,dev
 
+$(REFERENCE)/.ready-reference: pyproject.toml constraints/reference.txt tools/setup.sh tools/find_python.sh
+	@CONSTRAINTS=constraints/reference.txt tools/setup.sh $(REFERENCE) reference actor,reference,dev
+
 clean:  ## remove environments, caches and build output; runs/ stays
-	rm -rf .venv .venv-base310 .venv-base311 .venv-lerobot .venv-reverb .venv-torchrl build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-base310 .venv-base311 .venv-lerobot .venv-reference .venv-reverb .venv-torchrl build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

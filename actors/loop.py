@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,13 @@ class ControlLoop:
         gc.collect()
         gc.freeze()
         gc.disable()  # a collection in the middle of a tick is work over 5 ms; it runs between episodes instead
+        for episode_over in self.ticks():
+            if episode_over:
+                gc.collect()
+
+    def ticks(self) -> Iterator[bool]:
+        """As ``run``, one tick a ``next``, for whoever lets time pass otherwise. Says whether that ended the episode; where
+        the loop was stopped, the last ``next`` ends an episode without a tick."""
         episode, failed_resets = 0, 0
         while not self.stopped() and (self.settings.num_episodes == 0 or episode < self.settings.num_episodes):
             task = self.settings.tasks[(self.settings.first_task + episode) % len(self.settings.tasks)]
@@ -100,15 +107,15 @@ class ControlLoop:
                 continue
             self.operator.reset(task, seed)
             try:
-                self._episode(episode, task, seed, obs)
+                yield from self._episode(episode, task, seed, obs)
             except Overflow:
                 self.num_lost_episodes += 1
                 self.robot.send(self.robot.hold())  # or it would go on with its last action until there is room
                 self._put_when_free(RecordKind.CLOSE, episode, outcome="aborted", judge="courier too slow", length=-1)
+                yield True
             episode += 1
-            gc.collect()
 
-    def _episode(self, episode: int, task: str, seed: int, obs: Observation) -> None:
+    def _episode(self, episode: int, task: str, seed: int, obs: Observation) -> Iterator[bool]:
         self.plan.reset()
         self.safety.reset()
         self._taken_over = False
@@ -120,9 +127,11 @@ class ControlLoop:
             frame += 1
             if feedback.terminated or feedback.truncated:
                 break
+            yield False
             next_tick = self._sleep_until(next_tick + self.period_s)
             obs = self.robot.observe()
         self._close_episode(episode, frame, feedback)
+        yield True
 
     def _close_episode(self, episode: int, frame: int, feedback: Feedback | None) -> None:
         outcome, judge = "aborted", "stopped"

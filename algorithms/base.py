@@ -3,7 +3,7 @@
 ``learner/loop.py`` drives it without knowing which one it is:
 
     batch = algorithm.prepare(sampler.batch(algorithm.needs, step))
-    for part in algorithm.parts: engine.update(part, algorithm.loss(part, micro) for micro in batch)
+    for part in algorithm.parts, minibatch in batch: engine.update(part, algorithm.loss(part, micro) for micro in minibatch)
     algorithm.after_step(step, stats)
     publish(algorithm.acting())
 """
@@ -11,12 +11,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from algorithms.policies.statistics import Statistics
 from fleet.batch import BatchNeeds
 
 
@@ -35,6 +36,7 @@ class Batch:
     terminated_BH: Tensor
     truncated_BH: Tensor
     mask_BH: Tensor
+    source_BH: Tensor
     source_B: Tensor
     task_B: Tensor
     version_B: Tensor
@@ -43,6 +45,8 @@ class Batch:
     frame_B: Tensor
     steps_to_go_B: Tensor
     outcome_B: Tensor
+    terminated_B: Tensor
+    takeover_in_B: Tensor
     return_B: Tensor
     weight_B: Tensor
     replay: dict[str, Tensor]
@@ -50,12 +54,43 @@ class Batch:
     shard_weight: float
 
 
+@dataclasses.dataclass(frozen=True)
+class DataFacts:
+    """What is known of a run's data when an algorithm is made, the same on all ranks.
+
+    Args:
+        tasks: Names; ``Batch.task_B`` counts in them.
+        statistics: Of the vector features that the policy reads and of the actions, from demonstrations if there are any.
+        longest_T: Steps of the longest finished episode by task; 0 where there is none.
+    """
+
+    tasks: tuple[str, ...] = ()
+    statistics: Mapping[str, Statistics] = dataclasses.field(default_factory=dict)
+    longest_T: tuple[int, ...] = ()
+
+
+NO_FACTS = DataFacts()
+
+
 @dataclasses.dataclass
 class Part:
-    """One trained module with its optimizer's settings."""
+    """One trained module, and how it is trained.
+
+    Args:
+        make_optimizer: parameters -> torch.optim.Optimizer.
+        minibatches: A batch is cut into so many, one update each: row i goes to number ``index_B[i] % minibatches``, so each
+            has its share of every source. Divides the batch size.
+        updates: Updates a step, by the last ones of these minibatches; 0: by all.
+        every: Only in steps whose number it divides.
+        after_update: Called after each update with whole parameters, for target networks.
+    """
 
     module: nn.Module
-    make_optimizer: Any  # callable: parameters -> torch.optim.Optimizer
+    make_optimizer: Callable[[Any], torch.optim.Optimizer]
+    minibatches: int = 1
+    updates: int = 0
+    every: int = 1
+    after_update: Callable[[], None] | None = None
 
 
 @dataclasses.dataclass
@@ -73,9 +108,12 @@ class LossOutput:
 
 
 class Algorithm(Protocol):
-    """See the header. ``name`` is its key in ``learner.main.ALGORITHMS``."""
+    """See the header. ``name`` is its key in ``learner.main.ALGORITHMS``; a class is called with the policy, its ``Config`` and
+    ``DataFacts``. The parts are updated in their order, each freezing the others."""
 
     name: str
+    advice: str
+    """One sentence on what it lacks to do its work ("no failed episode yet: ..."), shown to people; "" for nothing."""
     parts: dict[str, Part]
     frozen: dict[str, nn.Module]
     needs: BatchNeeds

@@ -26,3 +26,11 @@ def fill_with_last_action(batch: Batch) -> Batch:
     actions_BHA = batch.actions_BHA.gather(1, source_BH[..., None].expand_as(batch.actions_BHA))
     filled_BH = (num_valid_B > 0)[:, None].expand_as(mask_BH).to(batch.mask_BH.dtype)
     return dataclasses.replace(batch, actions_BHA=actions_BHA, mask_BH=filled_BH)
+
+
+def cut_at_takeover(batch: Batch) -> Batch:
+    """Masks each window from the first step on in which somebody else acts than at t: a chunk is the work of one actor, or it
+    is no label. For windows of ``Within.EPISODE``; those of ``Within.SOURCE`` end there already.
+    """
+    same_BH = (batch.source_BH == batch.source_B[:, None]).cumprod(1)
+    return dataclasses.replace(batch, mask_BH=batch.mask_BH * same_BH.to(batch.mask_BH.dtype))

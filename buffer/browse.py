@@ -77,6 +77,12 @@ class Episode:
         return self.said if label is None else label.value
 
     @property
+    def judged_by(self) -> str:
+        """Who said so; "" for nobody."""
+        label = Judged(self.labels).outcome
+        return self.judge if label is None else label.judge
+
+    @property
     def excluded(self) -> bool:
         return Judged(self.labels).excluded
 
@@ -86,7 +92,7 @@ class Episode:
         robot, boot, episode = fields.pop("key")
         named = dict(zip(SOURCE_NAMES, self.by_source, strict=True))
         history = [dataclasses.asdict(label) for label in self.labels]
-        judged = {"outcome": self.outcome, "excluded": self.excluded, "finished": self.finished}
+        judged = {"outcome": self.outcome, "judged_by": self.judged_by, "excluded": self.excluded, "finished": self.finished}
         key = {"name": self.name, "robot": robot, "boot": boot, "episode": episode}
         return {**key, **fields, **judged, "by_source": named, "labels": history, "segments": list(self.segments)}
 

@@ -30,7 +30,7 @@ class EpisodeTable:
         length: Steps as the robot said at the end, else up to the newest one that was read.
         first_version, last_version: Policy versions that acted, -1 for none.
         num_operator_steps: Steps under an operator.
-        excluded: By a label. finished: Its end is known.
+        excluded: By a label. finished: Its end is known. terminated: Its newest step says that the task ended.
         first_step: Number of the first step that is there, -1 for none.
         group_id: "" for none. start: ``reset_state_id``, or "seed:<n>", or "".
     """
@@ -43,7 +43,7 @@ class EpisodeTable:
         self.outcome, self.length = Column(np.int8), Column(np.int32)
         self.first_version, self.last_version = Column(np.int64), Column(np.int64)
         self.num_operator_steps = Column(np.int32)
-        self.excluded, self.finished = Column(bool), Column(bool)
+        self.excluded, self.finished, self.terminated = Column(bool), Column(bool), Column(bool)
         self.first_step = Column(np.int64)
         self.group_id: list[str] = []
         self.start: list[str] = []
@@ -92,13 +92,17 @@ class EpisodeTable:
         self._said[number] = _OUTCOMES.get(row["outcome"], Outcome.UNKNOWN)
         self._judge(number)
 
-    def add_steps(self, number: int, task: int, first_step: int, count: int, last_frame: int, num_operator: int) -> None:
-        """A run of ``count`` steps of the episode, of which an operator acted in ``num_operator``."""
+    def add_steps(
+        self, number: int, task: int, first_step: int, count: int, last_frame: int, num_operator: int, terminated: bool
+    ) -> None:
+        """A run of ``count`` steps of the episode, of which an operator acted in ``num_operator``; ``terminated`` is what the
+        last of them says."""
         self.task[number] = task
         if self.first_step[number] < 0:
             self.first_step[number] = first_step
         if last_frame >= self._num_seen[number]:
             self.num_operator_steps[number] += num_operator
+            self.terminated[number] = terminated
             self._num_seen[number] = last_frame + 1
         self.length[number] = max(self.length[number], last_frame + 1)
 
@@ -137,7 +141,7 @@ class EpisodeTable:
             (self.outcome, Outcome.OPEN),
             (self._said, Outcome.OPEN),
         ]
-        zeros = (self.length, self.num_operator_steps, self._num_seen, self.excluded, self.finished)
+        zeros = (self.length, self.num_operator_steps, self._num_seen, self.excluded, self.finished, self.terminated)
         missing = (self.task, self.first_version, self.last_version, self.first_step)
         for column, value in [*values, *((c, 0) for c in zeros), *((c, -1) for c in missing)]:
             column.extend(value, 1)

@@ -6,7 +6,9 @@ import numpy as np
 
 from buffer.draw import Accept
 from buffer.index import StepIndex
+from buffer.takeovers import takeover_in
 from fleet.batch import Filter
+from fleet.robot import Source
 
 
 def passing(index: StepIndex, wanted: Filter, newest_version: int) -> Accept | None:
@@ -17,12 +19,19 @@ def passing(index: StepIndex, wanted: Filter, newest_version: int) -> Accept | N
     """
     max_age = wanted.max_version_age
     allowed = index.episodes.allowed(wanted.outcomes, wanted.robots)
-    if max_age is None and allowed.all():
+    of_others = index.episodes.allowed((), wanted.robots)
+    if max_age is None and not wanted.before_takeover and allowed.all():
         return None
     newest = newest_version if newest_version >= 0 else index.newest_version
 
     def accept(steps: np.ndarray) -> np.ndarray:
-        kept: np.ndarray = allowed[index.episode[index.fragment[steps]]]
+        episode, source = index.episode[index.fragment[steps]], index.source[steps]
+        kept: np.ndarray = allowed[episode]
+        if wanted.outcomes_of:
+            kept |= of_others[episode] & ~np.isin(source, wanted.outcomes_of)
+        if wanted.before_takeover:
+            own = np.flatnonzero(kept & (source == Source.POLICY))
+            kept[own] = takeover_in(index, steps[own], wanted.before_takeover) < 0
         if max_age is not None:
             version = index.version[steps]
             kept = kept & ((version < 0) | (newest - version <= max_age))

@@ -24,7 +24,7 @@ from buffer.columns import Column
 from buffer.episodes import EpisodeTable
 from buffer.intake import Chunks, Runs, rows_by_fragment
 from buffer.labels import BY_ROBOT, label_of
-from buffer.parts import ABSENT, IndexPart
+from buffer.parts import ABSENT, TERMINATED, IndexPart
 from fleet.batch import Within
 from fleet.robot import Source
 
@@ -206,7 +206,8 @@ class StepIndex:
             episode = self.episodes.number((*key, episode_id))
             self.episode[fragment] = episode
             num_operator, last_frame = operator[at + count] - operator[at], first_frame + count - 1
-            self.episodes.add_steps(episode, int(tasks[i]), first_step + at, count, last_frame, num_operator)
+            ended = bool(steps["flags"][at + count - 1] & TERMINATED)
+            self.episodes.add_steps(episode, int(tasks[i]), first_step + at, count, last_frame, num_operator, ended)
             for start, end, chunk_id, source in runs.of_fragment(i):
                 known = boot.chunks.get(chunk_id)
                 if known is not None:

@@ -237,8 +237,11 @@ class Sampler:
         """All windows at every ``stride``-th frame of these episodes (``index.episodes``), in order."""
         steps = [self.index.steps_of(number) for number in episodes]
         every = [s[self.index.frame(s) % stride == 0] for s in steps]
-        steps_B = np.concatenate([np.empty(0, np.int64), *every])
-        return self._maker.make(steps_B, needs, -1, self.position, self._log.arenas)
+        return self.windows_at(np.concatenate([np.empty(0, np.int64), *every]), needs)
+
+    def windows_at(self, steps_B: np.ndarray, needs: BatchNeeds) -> Draw:
+        """The windows at these steps of the index, in order."""
+        return self._maker.make(steps_B.copy(), needs, -1, self.position, self._log.arenas)  # gathering may replace some
 
     def close(self) -> None:
         self._log.close()

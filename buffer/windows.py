@@ -15,6 +15,7 @@ from buffer.gather import Draw, Read
 from buffer.index import StepIndex
 from buffer.parts import ABSENT, TERMINATED, TRUNCATED
 from buffer.returns import Returns
+from buffer.takeovers import takeover_in
 from fleet.batch import BatchNeeds
 from fleet.errors import SpecError
 from fleet.spec import ACTION, Feature, RobotSpec
@@ -57,7 +58,8 @@ class WindowMaker:
             facts={
                 "inside_at": {offset: walk.inside_BW[:, back + offset].copy() for offset in others},
                 "mask_BH": mask_BH.copy(),
-                **self._facts(steps_B, needs.discount),
+                "source_BH": index.source[steps_BH],
+                **self._facts(steps_B, needs),
                 **self._rewards(steps_BH, mask_BH),
             },
             obs=self._reads(needs.observations, steps_B),
@@ -74,11 +76,11 @@ class WindowMaker:
             "truncated_BH": (flags_BH & TRUNCATED).astype(bool),
         }
 
-    def _facts(self, steps_B: np.ndarray, discount: float) -> dict[str, Any]:
+    def _facts(self, steps_B: np.ndarray, needs: BatchNeeds) -> dict[str, Any]:
         index, episodes = self._index, self._index.episodes
         fragment_B = index.fragment[steps_B]
         episode_B, frame_B = index.episode[fragment_B], index.frame(steps_B)
-        returns = self._returns.setdefault(discount, Returns(index, discount))
+        returns = self._returns.setdefault(needs.discount, Returns(index, needs.discount))
         return {
             "source_B": index.source[steps_B],
             "task_B": index.task[fragment_B].astype(np.int64),
@@ -88,6 +90,8 @@ class WindowMaker:
             "frame_B": frame_B,
             "steps_to_go_B": np.where(episodes.finished[episode_B], episodes.length[episode_B] - frame_B, -1),
             "outcome_B": episodes.outcome[episode_B],
+            "terminated_B": episodes.terminated[episode_B],
+            "takeover_in_B": takeover_in(index, steps_B, needs.takeover_within),
             "return_B": returns.of(steps_B),
             "weight_B": np.ones(len(steps_B), np.float32),
             "index_B": np.arange(len(steps_B)),

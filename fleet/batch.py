@@ -48,14 +48,26 @@ class Filter:
     Args:
         tasks, robots: Names.
         outcomes: Of the step's episode, by its newest label.
+        outcomes_of: Sources whose steps ``outcomes`` speak of; those of others pass them. Empty: all.
+        before_takeover: The policy's steps that an operator's follows within so many steps of the episode, as far as the
+            log has them, are not drawn.
         max_version_age: Newest release minus the version behind the step, at most this. Steps without a version
             (demonstrations, an operator who acts while no policy runs) pass.
+
+    Raises:
+        ConfigError: ``before_takeover`` is negative.
     """
 
     tasks: tuple[str, ...] = ()
     robots: tuple[str, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
+    outcomes_of: tuple[Source, ...] = ()
+    before_takeover: int = 0
     max_version_age: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.before_takeover < 0:
+            raise ConfigError(f"a filter with before_takeover = {self.before_takeover}", rule="at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +133,7 @@ class BatchNeeds:
         offsets: Where observations are read, in steps from t: ``(-2, -1, 0)`` is a history of three, ``(0, 16)`` looks
             ahead. Must contain 0.
         within: What a window does not reach over.
+        takeover_within: ``Windows.takeover_in_B`` looks so many steps ahead; 0: not at all.
         by_task: Within a group of sources each task that has data weighs the same (SOP's 1/M); False: each step.
             With ``adaptive`` each task weighs the same in any case.
         filter: Which steps may be drawn.
@@ -141,6 +154,7 @@ class BatchNeeds:
     shares: Mapping[tuple[Source, ...], float]
     offsets: tuple[int, ...] = (0,)
     within: Within = Within.SOURCE
+    takeover_within: int = 0
     by_task: bool = True
     filter: Filter = Filter()
     priority: Priority | None = None
@@ -163,6 +177,7 @@ class BatchNeeds:
                 0 in self.offsets and len(set(self.offsets)) == len(self.offsets),
                 "0 and others, once each",
             ),
+            "takeover_within": (self.takeover_within, self.takeover_within >= 0, "at least 0"),
             "discount": (self.discount, 0 < self.discount <= 1, "in (0, 1]"),
             "cached_share": (self.cached_share, 0 <= self.cached_share < 1, "in [0, 1)"),
         }
@@ -226,9 +241,14 @@ class Windows:
     inside_at: offset -> (B,), False where that step lies beyond the border and the last one inside is repeated.
     actions_BHA: executed actions, float32. rewards_BH: next.reward, 0 where masked. terminated_BH, truncated_BH: False
     where masked. mask_BH: True where the step lies inside of the border.
-    source_B: fleet.robot.Source. task_B: index into the sampler's task names. version_B: policy version behind t, -1
-    for none. step_B, episode_B: the sampler's own numbers, for feedback and grouping. frame_B: frame_index of t.
+    source_BH: fleet.robot.Source of each step; where masked, of the last one inside. source_B: the same at t.
+    task_B: index into the sampler's task names. version_B: policy version behind t, -1 for none.
+    step_B, episode_B: the sampler's own numbers, for feedback and grouping. frame_B: frame_index of t.
     steps_to_go_B: steps from t to the episode's end, t included; -1 while it is open. outcome_B: Outcome.
+    terminated_B: True where the episode's newest step says that the task ended; False where it was cut (a time limit, an
+    abort) or goes on.
+    takeover_in_B: steps from t to the first operator's step of the episode at or behind t: 0 where t is one; -1 where there is
+    none within ``BatchNeeds.takeover_within`` steps, or the log does not have it yet, or where that is 0.
     return_B: discounted sum of the rewards from t to the episode's end, NaN while it is open.
     weight_B: importance weights of a prioritised draw, at most 1; else ones. The largest of a shard's part of the batch is 1.
     replay: column name -> (B, ...), or (B, longest) padded with zeros for columns of lists.
@@ -246,6 +266,7 @@ class Windows:
     terminated_BH: np.ndarray
     truncated_BH: np.ndarray
     mask_BH: np.ndarray
+    source_BH: np.ndarray
     source_B: np.ndarray
     task_B: np.ndarray
     version_B: np.ndarray
@@ -254,6 +275,8 @@ class Windows:
     frame_B: np.ndarray
     steps_to_go_B: np.ndarray
     outcome_B: np.ndarray
+    terminated_B: np.ndarray
+    takeover_in_B: np.ndarray
     return_B: np.ndarray
     weight_B: np.ndarray
     replay: dict[str, np.ndarray]

@@ -11,10 +11,12 @@ from typing import Annotated
 import typer
 
 from infra.command import AsJson, RunPath, clear_errors
+from infra.data_classify import app as classify_app
 from infra.data_dataset import register as register_dataset
 
 app = typer.Typer(no_args_is_help=True, help="A run's data: statistics, episodes, checks, labels, archives, datasets.")
 register_dataset(app)  # export and import
+app.add_typer(classify_app, name="classify")
 
 Robots = Annotated[list[str] | None, typer.Option("--robot", help="Of this robot. May be given again.")]
 

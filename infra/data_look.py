@@ -110,7 +110,6 @@ def list_episodes(
 
 
 def _episode_row(episode: Episode) -> tuple[object, ...]:
-    judge = next((label.judge for label in reversed(episode.labels) if label.field == "outcome"), episode.judge)
     outcome = episode.outcome + " (excluded)" * episode.excluded
     ended = _clock(episode.end_ns) if episode.end_ns else "-"
     operator, version = episode.by_source[Source.OPERATOR], _versions(episode)
@@ -118,7 +117,7 @@ def _episode_row(episode: Episode) -> tuple[object, ...]:
         episode.name,
         episode.task,
         outcome,
-        judge,
+        episode.judged_by,
         episode.num_steps,
         operator,
         episode.num_takeovers,
@@ -190,7 +189,7 @@ def _write_sheet(frames: list[Frame], episode: Episode, path: Path) -> str:
 def _episode_facts(episode: Episode) -> Iterable[tuple[str, object]]:
     said = f", the robot said {episode.said}" if episode.outcome != episode.said else ""
     yield "task", f"{episode.task}: {episode.instruction}" if episode.instruction != episode.task else episode.task
-    yield "outcome", f"{episode.outcome}{said} (judge: {episode.judge or '-'}){' - excluded' * episode.excluded}"
+    yield "outcome", f"{episode.outcome}{said} (judge: {episode.judged_by or '-'}){' - excluded' * episode.excluded}"
     missing = f" of {episode.length}" if episode.length not in (-1, episode.num_steps) else ""
     yield "steps", f"{episode.num_steps}{missing} ({_counts(_by_source(episode))}), {episode.num_takeovers} takeovers"
     yield "policy version", _versions(episode)

@@ -146,7 +146,7 @@ def describe(status: Any) -> dict[str, Any]:
     state = "finished" if status.done else "waiting" if waiting else "training" if status.pid else "starting"
     facts: dict[str, Any] = {"state": state}
     if progress:
-        facts |= {key: progress[key] for key in ("step", "steps", "phase", "release", "pace") if key in progress}
+        facts |= {key: progress[key] for key in ("step", "steps", "phase", "release", "pace", "advice") if key in progress}
         facts |= {"updates_per_s": round(progress["updates_per_s"], 1), "loss": progress["stats"].get("loss")}
     return facts | {
         "waiting": waiting,

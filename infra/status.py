@@ -73,7 +73,7 @@ def show_status(run_path: Path, as_json: bool) -> None:
 
 
 def _show_learner(console: Console, learner: dict[str, Any]) -> None:
-    long = ("waiting", "last_error")
+    long = ("waiting", "advice", "last_error")
     console.print(driver_status.one_line({key: value for key, value in learner.items() if key not in long}))
     for key in long:
         if learner.get(key):

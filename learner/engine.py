@@ -173,12 +173,14 @@ def split_micro(batch: AnyBatch, num: int) -> Iterator[tuple[AnyBatch, int]]:
         if num == 1:
             yield batch, total
         elif begin < end:
-            yield _rows(batch, slice(begin, end)), end - begin
+            yield take_rows(batch, slice(begin, end)), end - begin
         else:
-            yield _rows(batch, slice(0, 1)), 0
+            yield take_rows(batch, slice(0, 1)), 0
 
 
-def _rows(batch: AnyBatch, rows: slice) -> AnyBatch:
+def take_rows(batch: AnyBatch, rows: slice | Tensor) -> AnyBatch:
+    """Some rows of a batch: a view for a slice, a copy for numbers of rows."""
+
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value[rows]

@@ -1,11 +1,14 @@
-"""What is known of a feature's values in a run's data, for policies to normalise by."""
+"""What is known of a run's data before anything is trained: for policies and critics to normalise by."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from algorithms.base import DataFacts
 from algorithms.policies.base import PolicySpec
 from algorithms.policies.statistics import Statistics
 from fleet.batch import BatchNeeds, Windows
@@ -20,15 +23,22 @@ STATISTICS_STEPS = 8192  # drawn from the demonstrations by each rank
 
 
 def fit_statistics(policy: Any, source: BatchSource, ranks: Ranks) -> None:
-    """Gives a policy that normalises what it reads and writes the statistics of its vector features and of the actions, from
-    demonstrations if there are any: over the rows of all ranks, each counting what its shard weighs.
+    """Gives a policy that normalises what it reads and writes its statistics, see ``data_facts``."""
+    if hasattr(policy, "set_statistics"):
+        policy.set_statistics(data_facts(policy.spec, source, (), ranks).statistics)
+
+
+def data_facts(spec: PolicySpec, source: BatchSource, tasks: Sequence[str], ranks: Ranks) -> DataFacts:
+    """Statistics of a policy's vector features and of the actions, from demonstrations if there are any, and the longest
+    episodes: over rows that all ranks draw, each counting what its shard weighs.
+
+    Args:
+        tasks: Names, in the order of the sampler's.
 
     Raises:
         NoData: No rank has a step.
         LearnerError: A value is not finite; names the feature.
     """
-    if not hasattr(policy, "set_statistics"):
-        return
     if ranks.place.num_shards > 1:
         counts_KT = source.counts()
         table = ranks.gather(counts_KT)[ranks.place.leaders]
@@ -37,14 +47,26 @@ def fit_statistics(policy: Any, source: BatchSource, ranks: Ranks) -> None:
     for sources in ((Source.DEMO,), tuple(Source)):
         windows: Windows | None = None
         try:
-            windows = source.batch(BatchNeeds(STATISTICS_STEPS, 1, tuple(policy.spec.vectors), {sources: 1.0}), 0)
+            windows = source.batch(BatchNeeds(STATISTICS_STEPS, 1, tuple(spec.vectors), {sources: 1.0}), 0)
         except NoData as error:
             lack = error
-        statistics = _statistics(policy.spec, windows, ranks)
+        statistics = _statistics(spec, windows, ranks)
         if statistics:
-            policy.set_statistics(statistics)
-            return
+            return DataFacts(tuple(tasks), statistics, _longest(source, len(tasks), ranks))
     raise lack or NoData("no step to take statistics from")
+
+
+def _longest(source: BatchSource, num_tasks: int, ranks: Ranks) -> tuple[int, ...]:
+    """Steps of the longest finished episode of each task among those that were drawn, of all ranks."""
+    longest_T = np.zeros(num_tasks)
+    if num_tasks:
+        with contextlib.suppress(NoData):
+            windows = source.batch(BatchNeeds(STATISTICS_STEPS, 1, (), {tuple(Source): 1.0}), 0)
+            finished_B = windows.steps_to_go_B >= 0
+            length_B = windows.frame_B + windows.steps_to_go_B
+            np.maximum.at(longest_T, windows.task_B[finished_B], length_B[finished_B])
+        longest_T = ranks.gather(longest_T).max(0)
+    return tuple(int(steps) for steps in longest_T)
 
 
 def _statistics(spec: PolicySpec, windows: Windows | None, ranks: Ranks) -> dict[str, Statistics]:

@@ -11,14 +11,16 @@ same data.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from algorithms.base import Algorithm
+from algorithms.base import Algorithm, Batch, Part
 from fleet.batch import Windows
 from fleet.errors import LearnerError, PolicyError
 from fleet.robot import SOURCE_NAMES
@@ -30,6 +32,7 @@ from learner.engine import Engine
 from learner.feed import Feed
 from learner.keep import Keep
 from learner.memory import is_short
+from learner.minibatches import minibatches
 from learner.pace import Pace
 from learner.progress import Progress
 from learner.ranks import Ranks
@@ -43,12 +46,15 @@ class Phase:
     """A part of a run: trains with what ``build`` makes until ``until`` updates are done in all.
 
     ``build`` None: the algorithm of the phase before goes on. The policy is shared, so its weights carry over; a new
-    algorithm brings new optimizers.
+    algorithm brings new optimizers. ``limited``: whether the rate of samples per insert holds it. ``restarts``: it begins at
+    the run's first release again, which ``build`` sees to, and has one release, at its end.
     """
 
     name: str
     until: int
     build: Callable[[], tuple[Algorithm, Engine]] | None
+    limited: bool = True
+    restarts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,14 +182,22 @@ class Loop:
         if build is not None and (self._algorithm is None or first > self._phase):
             torch.manual_seed(self._settings.seed * 1009 + first)  # new modules begin alike on all ranks, whatever went before
             if self._engine is not None:
+                if self._phases[phase].restarts:
+                    self._require_release()
                 self._engine.close()
             self._algorithm, self._engine = build()
             self._require_equal()
-        if self._phase != phase:
+        if self._phase != phase and not (self._phase >= 0 and self._phases[self._phase].limited):
             self._pace.begin()
         self._phase = phase
         algorithm, _ = self._trained()
         self.progress.phase, self.progress.algorithm = self._phases[phase].name, algorithm.name
+
+    def _require_release(self) -> None:
+        """What was learnt so far is on disk as a release, also where there was no room for it when it was due."""
+        self._note(self._keep.facts(flush=True))
+        self._keep.publish(*self._trained(), self.progress.step, self.progress.stats)
+        self._note(self._keep.facts(flush=True))
 
     def _trained(self) -> tuple[Algorithm, Engine]:
         if self._algorithm is None or self._engine is None:
@@ -197,9 +211,8 @@ class Loop:
 
     def _next(self, stop: Callable[[], bool]) -> Windows | None:
         """This rank's rows of the next batch; None when a rank was told to stop."""
-        needs, last = self._trained()[0].needs, self._phase == len(self._phases) - 1
-        # The start trains on what is there, at no rate.
-        windows = self._supply.next(needs, self.progress.step, limited=last, stop=stop, idle=self._idle)
+        needs, limited = self._trained()[0].needs, self._phases[self._phase].limited
+        windows = self._supply.next(needs, self.progress.step, limited=limited, stop=stop, idle=self._idle)
         self.progress.waiting = ""
         return windows
 
@@ -216,33 +229,54 @@ class Loop:
         with self._timed("prepare"), torch.no_grad():
             batch = algorithm.prepare(self._feed.batch(windows))
         stats: dict[str, float] = {}
-        for part in algorithm.parts:
-            try:
-                numbers = engine.update(part, algorithm.loss, batch, self._timed)
-            except LearnerError as error:
-                what = f"step {step} of {algorithm.name}: {error.what}"
-                raise type(error)(what, rule=error.rule, remedy=error.remedy) from None
-            prefix = "" if len(algorithm.parts) == 1 else f"{part}."
-            stats.update({prefix + name: value for name, value in numbers.items()})
-        self._feed_back(algorithm, engine, windows)
+        for number, (name, part) in enumerate(algorithm.parts.items()):
+            prefix = "" if len(algorithm.parts) == 1 else f"{name}."
+            if step % part.every:  # what the last update said still holds
+                stats.update({key: value for key, value in self.progress.stats.items() if key.startswith(prefix)})
+                continue
+            numbers, loss_B = self._update_part(name, part, batch)
+            stats.update({prefix + key: value for key, value in numbers.items()})
+            if number == 0 and loss_B is not None:
+                with self._timed("feed_back"):
+                    self._supply.feed_back(windows, loss_B)
         stats.update(self._supply.known.staleness())
         with self._timed("after_step"), engine.gathered():
             algorithm.after_step(step, stats)
+        if algorithm.advice != self.progress.advice:
+            self.progress.advice = algorithm.advice
+            self._write("advice", step=step, algorithm=algorithm.name, advice=algorithm.advice)
         self.progress.step, self.progress.stats = step + 1, stats
 
-    def _feed_back(self, algorithm: Algorithm, engine: Engine, windows: Windows) -> None:
-        """Gives the source the losses of the first part's samples, where what is drawn next depends on them."""
-        if algorithm.needs.priority is None and algorithm.needs.adaptive is None:
-            return
-        part = next(iter(algorithm.parts))
-        with self._timed("feed_back"):
-            loss_B = engine.per_sample(part).numpy()
-            if loss_B.shape != windows.step_B.shape:
-                raise LearnerError(
-                    f"part {part!r} of {algorithm.name} has losses of shape {loss_B.shape} for {len(windows.step_B)} windows",
-                    rule="per_sample_B has one loss a window, in their order, where sampling depends on losses",
-                )
-            self._supply.feed_back(windows, loss_B)
+    def _update_part(self, name: str, part: Part, batch: Batch) -> tuple[dict[str, float], np.ndarray | None]:
+        """All updates of a part in a step: the means of their numbers, and the losses of this rank's samples where what is
+        drawn next depends on them."""
+        algorithm, engine = self._trained()
+        depends = algorithm.needs.priority is not None or algorithm.needs.adaptive is not None
+        loss_B = torch.full([len(batch.step_B)], math.nan) if depends else None
+        each: list[dict[str, float]] = []
+        for rows_N, minibatch in minibatches(batch, part):
+            try:
+                each.append(engine.update(name, algorithm.loss, minibatch, self._timed))
+            except LearnerError as error:
+                what = f"step {self.progress.step} of {algorithm.name}: {error.what}"
+                raise type(error)(what, rule=error.rule, remedy=error.remedy) from None
+            if loss_B is not None:
+                loss_B[rows_N] = self._losses_of(name, len(rows_N))
+            if part.after_update is not None:
+                with self._timed("after_step"), engine.gathered():
+                    part.after_update()
+        numbers = {key: math.fsum(one[key] for one in each) / len(each) for key in each[0]}
+        return numbers, None if loss_B is None else loss_B.numpy()
+
+    def _losses_of(self, name: str, num_rows: int) -> Tensor:
+        algorithm, engine = self._trained()
+        loss_B = engine.per_sample(name)
+        if loss_B.shape != (num_rows,):
+            raise LearnerError(
+                f"part {name!r} of {algorithm.name} has losses of shape {tuple(loss_B.shape)} for {num_rows} windows",
+                rule="per_sample_B has one loss a window, in their order, where sampling depends on losses",
+            )
+        return loss_B
 
     def _seed_torch(self, step: int) -> None:
         """What draws from torch's own generators (dropout, say) is a function of (seed, step, rank) too."""
@@ -254,8 +288,9 @@ class Loop:
     def _keep_up(self) -> None:
         """What is due between two updates."""
         step, settings = self.progress.step, self._settings
-        last = step == self.progress.steps
-        if step >= settings.first_release and (last or step == settings.first_release or step % settings.publish_every == 0):
+        last, phase = step == self.progress.steps, self._phases[self._phase]
+        every = step == settings.first_release or step % settings.publish_every == 0
+        if step >= settings.first_release and (last or (step == phase.until if phase.restarts else every)):
             self._keep.publish(*self._trained(), step, self.progress.stats)
         if step % settings.checkpoint_every == 0 or last:
             self._checkpoint()

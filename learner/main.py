@@ -15,6 +15,9 @@ from fleet.spec import STATE
 ALGORITHMS = {
     "bc": "algorithms.bc:Bc",
     "hg_dagger": "algorithms.hg_dagger:HgDagger",
+    "rlpd": "algorithms.rlpd:Rlpd",
+    "recap": "algorithms.recap:Recap",
+    "chunked_rl": "algorithms.chunked_rl:ChunkedRl",
 }
 DEFAULT_FAMILY = "mlp"
 FROM_DATA = ("reads", "action_dim", "instruction_dim")  # settings of a policy that are read off robots and tasks if not given
@@ -32,6 +35,9 @@ class LearnerConfig:
     """"cpu", "cuda", or "auto": cuda where there is one."""
     publish_every: int = 100
     """Updates between releases."""
+    restart_every: int = 0
+    """Updates of an iteration: each begins at the run's first release again, with new optimizers and all data so far, and has
+    one release, at its end (RECAP). 0: the policy is trained on without end."""
     checkpoint_every: int = 500
     """Updates between checkpoints."""
     keep_checkpoints: int = 3
@@ -69,6 +75,11 @@ class LearnerConfig:
             "start_steps": (0 <= self.start_steps <= self.steps, f"0 <= start_steps <= steps = {self.steps}"),
             "device": (self.device in ("auto", "cpu", "cuda"), "one of auto, cpu, cuda"),
             "publish_every": (self.publish_every >= 1, "publish_every >= 1"),
+            "restart_every": (
+                self.restart_every == 0
+                or (self.restart_every > 0 < self.start_steps and (self.steps - self.start_steps) % self.restart_every == 0),
+                f"0, or with start_steps >= 1 a divisor of steps - start_steps = {self.steps - self.start_steps}",
+            ),
             "checkpoint_every": (self.checkpoint_every >= 1, "checkpoint_every >= 1"),
             "keep_checkpoints": (self.keep_checkpoints >= 2, "keep_checkpoints >= 2, so that one may be damaged"),
             "keep_releases": (self.keep_releases == 0 or self.keep_releases >= 10, "0, or at least 10"),
@@ -282,9 +293,14 @@ def algorithm_class(table: AlgorithmConfig | StartConfig, where: str) -> Any:
 def _check_types(cls: type, settings: Mapping[str, Any], where: str) -> None:
     accepted: dict[Any, tuple[type, ...]] = {float: (float, int), int: (int,), bool: (bool,), str: (str,)}
     for name, hint in typing.get_type_hints(cls).items():
-        types = accepted.get(hint)
+        is_list = typing.get_origin(hint) is list
+        plain = typing.get_args(hint)[0] if is_list else hint
+        types = accepted.get(plain)
         if name not in settings or types is None:
             continue
         value = settings[name]
-        if not isinstance(value, types) or (isinstance(value, bool) and hint is not bool):
-            raise ConfigError(f"{where}.{name} = {value!r} is a {type(value).__name__}", rule=f"it is a {hint.__name__}")
+        each = value if is_list and isinstance(value, list) else [value]
+        wrong = [one for one in each if not isinstance(one, types) or (isinstance(one, bool) and plain is not bool)]
+        if wrong or is_list != isinstance(value, list):
+            rule = f"it is a list of {plain.__name__}" if is_list else f"it is a {plain.__name__}"
+            raise ConfigError(f"{where}.{name} = {value!r} is a {type(value).__name__}", rule=rule)

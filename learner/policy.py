@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-from torch import nn
 
 from algorithms.policies.base import INSTRUCTION
 from algorithms.policies.frozen import fingerprints
 from algorithms.policies.normalise import ActionScale
-from algorithms.policies.registry import FAMILIES, build, describe, rebuild
+from algorithms.policies.registry import FAMILIES, build, describe, load_published, rebuild
 from fleet.errors import LearnerError, PolicyError
 from fleet.lookup import nearest, resolve
+from fleet.runfolder import RunFolder
+from fleet.server.releases import ReleaseStore
 from fleet.spec import RobotSpec
 from learner.checkpoint import Checkpoint
 from learner.fit import fit_statistics
@@ -43,7 +43,7 @@ def make_policy(
     instruction_dim: int,
     source: BatchSource,
     ranks: Ranks,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """A policy with its first weights and statistics, or as the checkpoint describes it; and its description.
 
     Args:
@@ -197,9 +197,43 @@ def _pretrained(table: PolicyConfig, specs: list[RobotSpec], instruction_dim: in
         foreign = ranks.patiently(lambda: from_pretrained(table, config))
         if foreign is not None:
             return foreign
-    found = ranks.patiently(lambda: load_pretrained(table.pretrained) if ranks.first else None)
-    if ranks.size > 1:  # only the first rank's machine needs the files
-        found = Pretrained(*unpack(ranks.broadcast_bytes(pack([found.described, found.weights]) if found else b"")))
-    assert found is not None
+    found = on_all_ranks(ranks, lambda: load_pretrained(table.pretrained))
     require_agreement(table, found.described)
     return found.policy()
+
+
+def go_back(policy: Any, run: RunFolder, step: int, ranks: Ranks) -> None:
+    """Gives a policy the weights of the run's first release.
+
+    Args:
+        step: Of that release.
+
+    Raises:
+        LearnerError: It is not there any more, or what acted then is not this policy.
+    """
+
+    def load() -> Pretrained:
+        store = ReleaseStore(run.releases)
+        version = next((version for version in store.versions() if store.manifest(version).step == step), None)
+        if version is None:
+            raise LearnerError(
+                f"{run.path} has no release of step {step}",
+                rule="with learner.restart_every each iteration begins at the run's first release",
+                remedy="make room on the disk if it is full; a run whose first release was deleted cannot go on like this",
+            )
+        return load_pretrained(f"{run.path}@{version}")
+
+    found = on_all_ranks(ranks, load)
+    weights = found.weights
+    if found.described["family"] == "best_of" != policy.family:  # the policy that proposed
+        weights = {name.removeprefix("policy."): tensor for name, tensor in weights.items() if name.startswith("policy.")}
+    load_published(policy, weights)
+
+
+def on_all_ranks(ranks: Ranks, load: Callable[[], Pretrained]) -> Pretrained:
+    """What the first rank loads, whose machine alone needs the files."""
+    found = ranks.patiently(lambda: load() if ranks.first else None)
+    if ranks.size > 1:
+        found = Pretrained(*unpack(ranks.broadcast_bytes(pack([found.described, found.weights]) if found else b"")))
+    assert found is not None
+    return found

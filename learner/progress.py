@@ -9,7 +9,7 @@ import dataclasses
 class Progress:
     """How far the run is. ``seconds``: time on the loop's thread by what it was spent on, since this process began;
     ``feed``: how its batches are made, by name. ``waiting``: what the learner waits for, in detail, or "". ``pace``: always
-    one line, who waits for what or who is ahead."""
+    one line, who waits for what or who is ahead. ``advice``: what the algorithm lacks, or ""."""
 
     step: int = 0
     steps: int = 0
@@ -21,6 +21,7 @@ class Progress:
     updates_per_s: float = 0.0
     waiting: str = ""
     pace: str = ""
+    advice: str = ""
     num_replaced: int = 0
     stats: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -20,11 +20,12 @@ class Publisher:
     release: robots must never be told that older weights are newer.
 
     Args:
-        keep: Releases that stay on disk; 0 for all.
+        keep: Newest releases that stay on disk; 0 for all.
+        keep_first: Whether the run's first one stays too.
     """
 
-    def __init__(self, store: ReleaseStore, *, keep: int = 0) -> None:
-        self._store, self._keep = store, keep
+    def __init__(self, store: ReleaseStore, *, keep: int = 0, keep_first: bool = False) -> None:
+        self._store, self._keep, self._keep_first = store, keep, keep_first
         newest = store.newest()
         self.version = newest or 0
         self.step = store.manifest(newest).step if newest else -1
@@ -45,5 +46,5 @@ class Publisher:
         manifest = self._store.publish(dumps(weights), algorithm=algorithm, step=step, metrics=metrics, policy=policy)
         self.version, self.step = manifest.version, step
         if self._keep:
-            self._store.prune(self._keep)
+            self._store.prune(self._keep, keep_first=self._keep_first)
         return manifest

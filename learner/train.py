@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from algorithms.base import Algorithm
+from algorithms.base import Algorithm, DataFacts
 from algorithms.policies.base import TEXT
 from algorithms.policies.text import text_of
 from buffer.image_cache import ImageCache
@@ -30,13 +30,14 @@ from learner.checkpoint import Checkpoint, Checkpoints
 from learner.engine import Engine
 from learner.engines import make_engine
 from learner.feed import allocator
+from learner.fit import data_facts
 from learner.instruments import Report, instruments, with_feed
 from learner.keep import Keep
 from learner.loop import Loop, LoopSettings, Phase
 from learner.main import LearnerConfig, algorithm_class
 from learner.memory import memory_errors
 from learner.pace import Pace
-from learner.policy import make_policy
+from learner.policy import go_back, make_policy
 from learner.progress import Progress
 from learner.publisher import Publisher
 from learner.ranks import RankPlace, Ranks
@@ -97,8 +98,8 @@ def _train(run: RunFolder, tables: Mapping[str, Any], stop: Callable[[], bool], 
             return Progress(steps=config.steps)
         embeddings_KE = torch.tensor([task["embedding"] for task in tasks.values()], dtype=torch.float32)
         with memory_errors(tables["engine"], ranks):
-            texts = [str(task["instruction"]) for task in tasks.values()]
-            loop = make_loop(run, tables, sampler, sampler.specs, embeddings_KE, journal, report, texts, feed=feed, ranks=ranks)
+            named = {name: str(task["instruction"]) for name, task in tasks.items()}
+            loop = make_loop(run, tables, sampler, sampler.specs, embeddings_KE, journal, report, named, feed=feed, ranks=ranks)
             return loop.run(stop)
 
 
@@ -110,7 +111,7 @@ def make_loop(
     instructions_KE: torch.Tensor,
     journal: Journal,
     report: Report,
-    instructions: Sequence[str] = (),
+    tasks: Mapping[str, str] | None = None,
     *,
     feed: BatchSource | None = None,
     ranks: Ranks | None = None,
@@ -119,12 +120,12 @@ def make_loop(
 
     Args:
         specs: Of the robots of this rank's shard.
-        instructions: By index of the task, for policies that read the text.
+        tasks: Instruction by name, in the order of the sampler's; None: nobody asks for them.
         feed: What makes the source's batches ahead; None: the source itself.
         ranks: None: this is the only one.
     """
     config: LearnerConfig = tables["learner"]
-    ranks, device = ranks or Ranks(ONE_RANK), choose_device(config.device)
+    ranks, device, tasks = ranks or Ranks(ONE_RANK), choose_device(config.device), tasks or {}
     checkpoints = Checkpoints(run.checkpoints, keep=config.keep_checkpoints, keep_every_h=config.keep_checkpoint_every_h)
     checkpoint = newest_checkpoint(ranks, checkpoints)
     torch.manual_seed(config.seed)
@@ -138,7 +139,7 @@ def make_loop(
     loop = Loop(
         feed or source,
         instructions_KE,
-        make_phases(policy, tables, device, ranks),
+        make_phases(run, policy, data_facts(policy.spec, source, list(tasks), ranks), tables, device, ranks),
         _settings(config, {"policy": described, "seed": config.seed, "run_id": run.run_id, "settings": settings_of(tables)}),
         device=device,
         ranks=ranks,
@@ -147,7 +148,7 @@ def make_loop(
         budget=budget,
         report=report,
         write=write,
-        texts_KC=torch.stack([text_of(text) for text in instructions]) if TEXT in described["spec"]["conditions"] else None,
+        texts_KC=torch.stack([text_of(text) for text in tasks.values()]) if TEXT in described["spec"]["conditions"] else None,
     )
     if checkpoint is not None:
         write(
@@ -162,23 +163,31 @@ def make_loop(
     return loop
 
 
-def make_phases(policy: Any, tables: Mapping[str, Any], device: torch.device, ranks: Ranks) -> list[Phase]:
-    """The start, if there is one, and the rest of the run."""
+def make_phases(
+    run: RunFolder, policy: Any, data: DataFacts, tables: Mapping[str, Any], device: torch.device, ranks: Ranks
+) -> list[Phase]:
+    """The start, if there is one, and the rest of the run: one phase, or iterations."""
     config: LearnerConfig = tables["learner"]
 
-    def builder(where: str) -> Callable[[], tuple[Algorithm, Engine]]:
+    def builder(where: str, restarts: bool = False) -> Callable[[], tuple[Algorithm, Engine]]:
         def make() -> tuple[Algorithm, Engine]:
+            if restarts:
+                go_back(policy, run, config.start_steps, ranks)
             cls = algorithm_class(tables[where], where)
-            algorithm = cls(policy, cls.Config(**tables[where].config))
+            algorithm = cls(policy, cls.Config(**tables[where].config), data)
             return algorithm, make_engine(tables["engine"], algorithm, device, ranks)
 
         return make
 
     if config.start_steps == 0:
         return [Phase("online", config.steps, builder("algorithm"))]
-    if not tables["start"].name:
-        return [Phase("start", config.start_steps, builder("algorithm")), Phase("online", config.steps, None)]
-    return [Phase("start", config.start_steps, builder("start")), Phase("online", config.steps, builder("algorithm"))]
+    named = bool(tables["start"].name)
+    start = Phase("start", config.start_steps, builder("start" if named else "algorithm"), limited=False)  # on what is there
+    if not config.restart_every:
+        return [start, Phase("online", config.steps, builder("algorithm") if named else None)]
+    ends = range(config.start_steps + config.restart_every, config.steps + 1, config.restart_every)
+    again = builder("algorithm", restarts=True)
+    return [start, *(Phase(f"iteration {i}", end, again, restarts=True) for i, end in enumerate(ends, 1))]
 
 
 def _settings(config: LearnerConfig, meta: dict[str, Any]) -> LoopSettings:
@@ -206,7 +215,8 @@ def _make_keep(
     store = ReleaseStore(run.releases, run.keys)
     if checkpoint is not None:
         store.never_reuse(int(checkpoint.meta["release"]))
-    return Keep(ranks, Publisher(store, keep=config.keep_releases), checkpoints, device, budget)
+    publisher = Publisher(store, keep=config.keep_releases, keep_first=config.restart_every > 0)
+    return Keep(ranks, publisher, checkpoints, device, budget)
 
 
 def choose_device(name: str) -> torch.device:

@@ -21,13 +21,16 @@ def make_batch(obs, actions_BHA, *, mask_BH=None, **fields):
         "mask_BH": torch.ones(shape, dtype=torch.bool) if mask_BH is None else mask_BH,
         "source_B": torch.zeros(shape[0], dtype=torch.uint8),
         "task_B": torch.zeros(shape[0], dtype=torch.long),
+        "terminated_B": torch.zeros(shape[0], dtype=torch.bool),
         "return_B": torch.full(shape[:1], np.nan),
         "weight_B": torch.ones(shape[0]),
         "replay": {},
         "index_B": torch.arange(shape[0]),
         "shard_weight": 1.0,
     }
-    unknown = ("version_B", "step_B", "episode_B", "frame_B", "steps_to_go_B", "outcome_B")
+    if "source_BH" not in fields:
+        given["source_BH"] = fields.get("source_B", given["source_B"])[:, None].expand(shape)
+    unknown = ("version_B", "step_B", "episode_B", "frame_B", "steps_to_go_B", "outcome_B", "takeover_in_B")
     return Batch(obs=obs, actions_BHA=actions_BHA, **{**given, **dict.fromkeys(unknown, missing), **fields})
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from algorithms.base import Batch, LossOutput, Part
+from algorithms.base import NO_FACTS, Batch, DataFacts, LossOutput, Part
 from algorithms.policies.base import INSTRUCTION, PolicySpec
 from fleet.batch import BatchNeeds, Windows
 from fleet.errors import NoData
@@ -88,6 +88,7 @@ class MemorySource:
             terminated_BH=np.zeros(shape, bool),
             truncated_BH=np.zeros(shape, bool),
             mask_BH=rng.random(shape) < 0.9,
+            source_BH=np.full(shape, int(Source.DEMO), np.uint8),
             source_B=np.full(needs.batch_size, int(Source.DEMO), np.uint8),
             task_B=task,
             version_B=nothing,
@@ -96,6 +97,8 @@ class MemorySource:
             frame_B=np.arange(needs.batch_size),
             steps_to_go_B=nothing,
             outcome_B=nothing,
+            terminated_B=np.zeros(needs.batch_size, bool),
+            takeover_in_B=nothing,
             return_B=np.full(needs.batch_size, np.nan, np.float32),
             weight_B=np.ones(needs.batch_size, np.float32),
             replay={},
@@ -140,9 +143,9 @@ class LinearPolicy(nn.Module):
 class Pair:
     """A policy trained through a critic, and the critic: what one part's loss does to the other must not show."""
 
-    name, Config = "pair", PairConfig
+    name, Config, advice = "pair", PairConfig, ""
 
-    def __init__(self, policy: Any, config: PairConfig) -> None:
+    def __init__(self, policy: Any, config: PairConfig, data: DataFacts = NO_FACTS) -> None:
         def sgd(parameters: Any) -> torch.optim.Optimizer:
             return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=0.9)
 

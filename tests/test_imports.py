@@ -43,10 +43,17 @@ HOMES = {
     "metaworld": r"actors/(robots|operators)/.*",
     "mujoco": r"actors/robots/.*",
     "matplotlib": r"infra/report.*\.py|infra/plots\.py",
-    "torch": r"algorithms/.*|learner/.*|actors/policy_\w+\.py|infra/evaluat\w+\.py",
-    "safetensors": r"algorithms/.*|learner/.*|actors/policy_\w+\.py|infra/evaluat\w+\.py",
+    "torch": r"algorithms/.*|learner/.*|actors/policy_\w+\.py|infra/(evaluat|classif)\w+\.py",
+    "safetensors": r"algorithms/.*|learner/.*|actors/policy_\w+\.py|infra/(evaluat|classif)\w+\.py",
 }
-COMMAND_LINE = ("infra/cli.py", "infra/command.py", "infra/data.py", "infra/data_dataset.py", "infra/policy.py")
+COMMAND_LINE = (
+    "infra/cli.py",
+    "infra/command.py",
+    "infra/data.py",
+    "infra/data_classify.py",
+    "infra/data_dataset.py",
+    "infra/policy.py",
+)
 ADAPTERS = re.compile(r"fleet/server/.*|actors/(robots|operators)/(?!__init__).*|.*_lerobot\.py")
 MAX_RSS_MB = 110
 
@@ -99,7 +106,15 @@ def wrong_imports(path: str) -> list[str]:
             wrong.append(f"{here}: the home of {top} is {HOMES[top]}")
         if top in ("torch", "safetensors") and at_import and (folder in ("fleet", "actors") or path in COMMAND_LINE):
             wrong.append(f"{here}: the robot side loads {top} inside functions")
-        shared = ("fleet.errors", "fleet.spec", "infra.command.", "infra.data.", "infra.data_dataset.", "infra.policy.")
+        shared = (
+            "fleet.errors",
+            "fleet.spec",
+            "infra.command.",
+            "infra.data.",
+            "infra.data_classify.",
+            "infra.data_dataset.",
+            "infra.policy.",
+        )
         if path in COMMAND_LINE and at_import and top in FOLDERS and not module.startswith(shared):
             wrong.append(f"{here}: each command imports what it needs itself")
     return wrong

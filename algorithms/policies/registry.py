@@ -15,6 +15,7 @@ from fleet.lookup import check_settings, resolve
 FAMILIES = {
     "mlp": "algorithms.policies.gaussian:MlpPolicy",
     "cnn": "algorithms.policies.gaussian:CnnPolicy",
+    "squashed": "algorithms.policies.squashed:SquashedPolicy",
     "flow": "algorithms.policies.flow:FlowPolicy",
     "token": "algorithms.policies.token:TokenPolicy",
     "small_vla": "algorithms.policies.small_vla:SmallVla",

@@ -60,7 +60,7 @@ def make_batch(config: TransformerConfig, size: int, device: torch.device) -> Ba
     obs = {name: torch.randint(256, image, generator=generator, dtype=torch.uint8, device=device) for name in config.cameras}
     obs |= {"observation.state": floats(size, config.state_dim), INSTRUCTION: floats(size, config.instruction_dim)}
     no_BH = torch.zeros(size, config.horizon, dtype=torch.bool, device=device)
-    whole_numbers = ("task_B", "version_B", "step_B", "episode_B", "frame_B", "steps_to_go_B", "outcome_B")
+    whole_numbers = ("task_B", "version_B", "step_B", "episode_B", "frame_B", "steps_to_go_B", "outcome_B", "takeover_in_B")
     return Batch(
         obs=obs,
         obs_at={},
@@ -70,8 +70,10 @@ def make_batch(config: TransformerConfig, size: int, device: torch.device) -> Ba
         terminated_BH=no_BH,
         truncated_BH=no_BH,
         mask_BH=~no_BH,
+        source_BH=whole(int(Source.DEMO))[:, None].expand(-1, config.horizon),
         source_B=whole(int(Source.DEMO)),
         **{name: whole(0) for name in whole_numbers},
+        terminated_B=no_BH[:, 0],
         return_B=whole(0).float(),
         weight_B=whole(1).float(),
         replay={},

@@ -171,16 +171,20 @@ class ReleaseStore:
             self._write(self._folder / "counter", str(version).encode())
             self._files.fsync_dir(self._folder)
 
-    def prune(self, keep: int) -> list[int]:
+    def prune(self, keep: int, *, keep_first: bool = False) -> list[int]:
         """Deletes all but the newest ``keep`` releases, and the chunks that no release names any more.
 
         A robot that is pulling a deleted release is told that it is gone, and asks for the newest.
+
+        Args:
+            keep_first: The oldest one stays too.
 
         Returns:
             The versions deleted.
         """
         versions = self.versions()
-        old, kept = versions[:-keep], versions[-keep:]
+        old = versions[int(keep_first) : -keep]
+        kept = [version for version in versions if version not in old]
         if old:
             for version in old:
                 self._files.unlink(self._manifests / f"{version}.json")

@@ -166,6 +166,10 @@ def expected(recorder: Recorder, key: tuple[int, int, int], needs: BatchNeeds, r
     ahead = [reached(h) for h in range(needs.horizon)]
     mask = [inside(at + h) for h in range(needs.horizon)]
     rest = [s.reward for s in episode.steps if s.frame >= here.frame]
+    searched = range(needs.takeover_within + 1) if needs.takeover_within else ()
+    takeover = next(
+        (d for d in searched if _unbroken(boot, at, d, here.episode) and boot[at + d].source == Source.OPERATOR), -1
+    )
     to_go = episode.length - here.frame if episode.finished else -1
     total = sum(needs.discount**i * reward for i, reward in enumerate(rest)) if episode.finished else math.nan
     return {
@@ -178,11 +182,14 @@ def expected(recorder: Recorder, key: tuple[int, int, int], needs: BatchNeeds, r
         "truncated": [s.truncated and ok for s, ok in zip(ahead, mask, strict=True)],
         "mask": mask,
         "source": here.source,
+        "sources": [s.source for s in ahead],
+        "takeover_in": takeover,
         "task": TASKS.index(here.task),
         "version": here.chunk[1] if here.chunk else here.lost_version if remembers else -1,
         "frame": here.frame,
         "steps_to_go": to_go,
         "outcome": int(episode.judged),
+        "ended": episode.steps[-1].terminated,
         "return": total,
         "replay.seed": here.chunk[0] * 10 if here.chunk else 0,
         "log_prob_T": [float(i) for i in range(here.chunk[0] % 4)] if here.chunk else [],
@@ -195,6 +202,13 @@ def _joined(boot, i, j):
         return False
     earlier, later = boot[min(i, j)], boot[max(i, j)]
     return later.frame == (earlier.frame + 1 if later.episode == earlier.episode else 0)
+
+
+def _unbroken(boot, at, distance, episode):
+    """Whether every step up to so many behind is there, and of this episode."""
+    behind = boot[at : at + distance + 1]
+    frames = [s.frame for s in behind if s.episode == episode]
+    return frames == list(range(boot[at].frame, boot[at].frame + distance + 1))
 
 
 def row_of(windows, i: int) -> dict:
@@ -213,11 +227,14 @@ def row_of(windows, i: int) -> dict:
         "truncated": windows.truncated_BH[i].tolist(),
         "mask": windows.mask_BH[i].tolist(),
         "source": int(windows.source_B[i]),
+        "sources": windows.source_BH[i].tolist(),
+        "takeover_in": int(windows.takeover_in_B[i]),
         "task": int(windows.task_B[i]),
         "version": int(windows.version_B[i]),
         "frame": int(windows.frame_B[i]),
         "steps_to_go": int(windows.steps_to_go_B[i]),
         "outcome": int(windows.outcome_B[i]),
+        "ended": bool(windows.terminated_B[i]),
         "return": float(windows.return_B[i]),
         **replay,
     }
@@ -286,19 +303,21 @@ EPISODES = st.lists(
     max_size=6,
 )
 NEEDS = st.builds(
-    lambda horizon, offsets, within, discount, replay: BatchNeeds(
+    lambda horizon, offsets, within, takeover_within, discount, replay: BatchNeeds(
         48,
         horizon,
         (STATE,),
         {tuple(Source): 1.0},
         offsets=(0, *sorted(offsets)),
         within=within,
+        takeover_within=takeover_within,
         discount=discount,
         replay=("log_prob_T", "replay.seed") if replay else (),
     ),
     st.integers(1, 7),
     st.sets(st.integers(-4, 6).filter(bool), max_size=3),
     st.sampled_from(Within),
+    st.integers(0, 7),
     st.sampled_from([1.0, 0.5]),
     st.booleans(),
 )

@@ -128,7 +128,7 @@ def test_groups_and_pairs_of_the_samplers_own_table():
     for number, outcome in enumerate(["success", "failure", "success"]):
         row = {"episode_id": number, "group_id": "g", "reset_state_id": "", "seed": 5, "length": 3, "outcome": outcome}
         table.add_row(("r", "b"), {**row, "event": "closed", "first_version": 1, "last_version": 1}, 0)
-        table.add_steps(number, 0, 3 * number, 3, 2, 0)
+        table.add_steps(number, 0, 3 * number, 3, 2, 0, False)
     assert numbers(groups(table)) == [[0, 1, 2]]
     assert set(map(tuple, pairs(table, np.random.default_rng(0), 50).tolist())) == {(0, 1), (2, 1)}
     table.add_label(Label("r", "b", 2, "excluded", "true", "test", 1), BY_ROBOT)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from buffer import sidecar
 from buffer.sampler import Sampler
 from buffer.segment import list_segments
 from fleet.batch import BatchNeeds, Filter, Outcome, Within
-from fleet.errors import NoData
+from fleet.errors import ConfigError, NoData
 from fleet.files import Files
 from fleet.robot import Source
 from tests.buffer.sampler_model import EPISODES, NEEDS, STATE, TASKS, Recorder, assert_same, assert_windows, record_all
@@ -134,8 +135,13 @@ def test_long_histories_and_lookahead_over_many_fragments(tmp_path, within):
     recorder.commit()
     sampler = Sampler(tmp_path, TASKS, 0)
     sampler.poll()
-    needs = BatchNeeds(300, 16, (STATE,), {tuple(Source): 1.0}, offsets=(-20, -1, 0, 16, 40), within=within, discount=0.9)
-    assert_windows(recorder, sampler.batch(needs, 0), needs)
+    sources = {tuple(Source): 1.0}
+    needs = BatchNeeds(300, 16, (STATE,), sources, (-20, -1, 0, 16, 40), within, takeover_within=9, discount=0.9)
+    batch = sampler.batch(needs, 0)
+    assert_windows(recorder, batch, needs)
+    frames_and_distances = set(zip(batch.frame_B.tolist(), batch.takeover_in_B.tolist(), strict=True))
+    assert set(sampler.batch(dataclasses.replace(needs, takeover_within=0), 0).takeover_in_B) == {-1}
+    assert {(0, -1), (1, 9), (8, 2), (9, 1), (10, 0), (12, -1)} <= frames_and_distances, "frames 10 and 11 are the operator's"
 
 
 def test_replay_columns_have_one_form_also_where_no_policy_was_called(tmp_path):
@@ -184,3 +190,42 @@ def test_filters_by_task_robot_outcome_and_age(tmp_path):
     assert seen(Filter(max_version_age=1), newest=8) == {3, 7}
     with pytest.raises(NoData):
         seen(Filter(robots=("r9",)))
+
+
+def test_only_the_policys_steps_are_filtered_by_outcome_and_by_what_follows(tmp_path):
+    recorder = Recorder(tmp_path)
+    own, operator, demo = int(Source.POLICY), int(Source.OPERATOR), int(Source.DEMO)
+    for episode, (closed, task) in enumerate([("success", "reach"), ("failure", "reach"), (None, "push")]):
+        recorder.fragment(0, episode, [own] * 3, task=task, opened={})
+        recorder.fragment(0, episode, [own, operator, operator, own], task=task, closed=closed)
+    recorder.fragment(1, 3, [demo] * 3, opened={}, closed="unknown")
+    recorder.commit()
+    sampler = Sampler(tmp_path, TASKS, 0)
+    sampler.poll()
+
+    def seen(**filter):
+        batch = sampler.batch(BatchNeeds(600, 1, (STATE,), {tuple(Source): 1.0}, by_task=False, filter=Filter(**filter)), 0)
+        return {(int(e), int(f)) for e, f in batch.obs[STATE][:, 1:]}
+
+    judged = {"outcomes": (Outcome.SUCCESS,), "outcomes_of": (Source.POLICY,)}
+    of_operator = {(episode, frame) for episode in range(3) for frame in (4, 5)}
+    others = of_operator | {(3, frame) for frame in range(3)}
+    assert seen(**judged) == others | {(0, frame) for frame in (0, 1, 2, 3, 6)}
+    assert seen(**judged, before_takeover=2) == others | {(0, frame) for frame in (0, 1, 6)}
+    assert seen(**judged, before_takeover=9) == others | {(0, 6)}
+    assert seen(before_takeover=1) == others | {(e, frame) for e in range(3) for frame in (0, 1, 2, 6)}
+    recorder.label(0, 0, "outcome", "failure", 5)
+    recorder.label(1, 3, "excluded", "true", 5)
+    recorder.commit()
+    sampler.poll()
+    assert seen(**judged) == of_operator, "by the newest label, and what is excluded is of nobody"
+    assert seen(outcomes=(Outcome.FAILURE,), outcomes_of=(Source.OPERATOR,), robots=("r0",)) == {
+        (e, frame) for e in range(3) for frame in range(7) if e != 2 or frame not in (4, 5)
+    }
+
+
+def test_nobody_looks_into_the_past_for_a_takeover():
+    with pytest.raises(ConfigError, match="takeover_within = -1"):
+        BatchNeeds(4, 1, (), {tuple(Source): 1.0}, takeover_within=-1)
+    with pytest.raises(ConfigError, match="before_takeover = -2"):
+        Filter(before_takeover=-2)

@@ -118,8 +118,8 @@ class Watching(Bc):
 
     name = "watching"
 
-    def __init__(self, policy, config):
-        super().__init__(policy, config)
+    def __init__(self, policy, config, data):
+        super().__init__(policy, config, data)
         self.needs = dataclasses.replace(
             self.needs, offsets=(-1, 0, 4), priority=Priority(), replay=("log_prob_T",), discount=0.9, by_task=False
         )

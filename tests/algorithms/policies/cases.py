@@ -36,6 +36,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "cnn",
         {**SIZES, "reads": {CAMERA: [24, 24, 3]}, "width": 32, "vision_width": 16, "instruction_dim": 0},
     ),
+    "squashed": ("squashed", {**SIZES, "reads": VECTORS, "width": 32, "select": {STATE: [0, 4]}}),
+    "squashed, images": (
+        "squashed",
+        {**SIZES, "reads": IMAGES, "width": 32, "vision_width": 16, "image_dims": 16, "bounds": [-4.0, 3.0]},
+    ),
     "flow": ("flow", {**SIZES, **FLOW}),
     "flow, images": ("flow", {**SIZES, **FLOW, "reads": IMAGES, "time_sampling": "beta"}),
     "flow, sde": ("flow", {**SIZES, **FLOW, "noise_level": 0.7, "advantage": True, "max_delay": 2}),

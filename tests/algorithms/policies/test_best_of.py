@@ -101,10 +101,10 @@ def test_the_critic_travels_with_the_policy():
     best = _best()
     spread = np.array([-1.0, 1.0])[:, None]
     best.set_statistics({STATE: Statistics.of(3 + 2 * spread.repeat(6, 1)), ACTION: Statistics.of(spread.repeat(A, 1))})
-    for part in (best.policy, best.critic):
+    for part in (best.policy, best.critic.reader):
         torch.testing.assert_close(part.normaliser.mean_S, torch.full((6,), 3.0))
     tensors = published(best)
-    assert {"policy.head.weight", "critic.head.weight", "critic.normaliser.mean_S"} <= set(tensors)
+    assert {"policy.head.weight", "critic.head.weight", "critic.reader.normaliser.mean_S"} <= set(tensors)
     other = build(best.family, best.config)
     assert not torch.equal(other.act(_obs()).actions_BHA, best.act(_obs()).actions_BHA)
     load_published(other, tensors)
@@ -213,7 +213,7 @@ def test_several_chunks_of_a_state_are_judged_with_one_look_at_it():
     actions = torch.randn(B * N, H, A, generator=torch.Generator().manual_seed(0))
     each = {name: value.repeat_interleave(N, 0) for name, value in obs.items()}
     seen = []
-    critic.cameras.register_forward_hook(lambda module, args, out: seen.append(len(out[0])))
+    critic.reader.cameras.register_forward_hook(lambda module, args, out: seen.append(len(out[0])))
     torch.testing.assert_close(critic(obs, actions), critic(each, actions))
     assert seen == [B, B * N]
 

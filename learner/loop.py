@@ -325,9 +325,10 @@ class Loop:
         self._reported = now
         progress.num_steps, progress.pace = known.num_steps, self._pace.line
         progress.release = max(known.release, self._keep.release)  # the first rank knows it before the others
-        if now - self._window_start >= 2 * REPORT_S or force:
-            progress.updates_per_s = (progress.step - self._window_step) / max(now - self._window_start, 1e-9)
-            if progress.step > self._window_step:
+        num_updates = progress.step - self._window_step
+        if now - self._window_start >= 2 * REPORT_S or (force and num_updates):  # at the end the last rate stays
+            progress.updates_per_s = num_updates / max(now - self._window_start, 1e-9)
+            if num_updates:
                 loss = next((value for name, value in progress.stats.items() if name.split(".")[-1] == "loss"), 0.0)
                 self._write(
                     "update",

@@ -52,11 +52,11 @@ class Shard:
         return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
     def stored(self):
-        """Keys of all fragments, and of those that have steps: only these get a line of their own in the journal."""
+        """Keys of all fragments, and whether they have steps: only these get a line of their own in the journal."""
         reader = LogReader(self.run.buffer)
         records = [((r.robot_id, r.boot_id, r.seq), "steps" in r.tables) for r in reader.poll()]
         reader.close()
-        return [key for key, _ in records], {key for key, has_steps in records if has_steps}
+        return records
 
     def log_text(self):
         return (self.run.logs / "gateway.log").read_text()
@@ -124,11 +124,12 @@ def test_a_full_disk_stops_acknowledgements_not_robots_and_nothing_is_lost(shard
         ballast.unlink()
         said, _ = actor.communicate(timeout=90)
         assert actor.returncode == 0 and "stay in the spool" not in said
-        stored, with_steps = shard.stored()
+        records = shard.stored()
+        stored = [key for key, _ in records]
         durable = [
             (x["robot"], x["boot"], x["seq"]) for x in read_journal(shard.run.logs / "gateway.jsonl") if x["kind"] == "durable"
         ]
-        assert len(stored) == len(set(stored)) and set(durable) == with_steps
+        assert len(stored) == len(set(stored)) and set(durable) == {key for key, has_steps in records if has_steps}
         assert sorted(seq for _, _, seq in stored) == list(range(1, len(stored) + 1))
         closed = [x for x in read_journal(shard.run.logs / "gateway.jsonl") if x["kind"] == "episode"]
         assert len(closed) == 150

@@ -139,9 +139,9 @@ class Greedy(HgDagger):
 
     name, greed = "greedy", ""
 
-    def __init__(self, policy, config):
+    def __init__(self, policy, config, data):
         self._take("begin")
-        super().__init__(policy, config)
+        super().__init__(policy, config, data)
 
     def prepare(self, batch):
         self._take("prepare")

@@ -157,11 +157,11 @@ def drift(rank, run, told, patch):
 def begin_apart(rank, run, told, patch):
     init = HgDagger.__init__
 
-    def other(self, policy, config):
+    def other(self, policy, config, data):
         if rank == 1:
             with torch.no_grad():
                 next(policy.parameters()).view(-1)[0] += 1e-6
-        init(self, policy, config)
+        init(self, policy, config, data)
 
     patch.setattr(HgDagger, "__init__", other)
 

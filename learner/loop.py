@@ -326,7 +326,7 @@ class Loop:
         progress.num_steps, progress.pace = known.num_steps, self._pace.line
         progress.release = max(known.release, self._keep.release)  # the first rank knows it before the others
         num_updates = progress.step - self._window_step
-        if now - self._window_start >= 2 * REPORT_S or (force and num_updates):  # at the end the last rate stays
+        if num_updates if force else now - self._window_start >= 2 * REPORT_S:  # at the end the last rate stays
             progress.updates_per_s = num_updates / max(now - self._window_start, 1e-9)
             if num_updates:
                 loss = next((value for name, value in progress.stats.items() if name.split(".")[-1] == "loss"), 0.0)

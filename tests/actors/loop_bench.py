@@ -55,9 +55,15 @@ def run_episodes(
     builder = FragmentBuilder(robot.spec, "toy-1", "b" * 16, {"reach": "reach it"})
     courier = Courier(robot.spec, steps, chunks, runner, builder, cuts, Counters(), 0.5)
 
+    errors = []
+
     def work():
-        loop.run()
-        steps._writer.close()
+        try:
+            loop.run()
+        except Exception as error:
+            errors.append(error)
+        finally:
+            steps._writer.close()
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -67,6 +73,8 @@ def run_episodes(
     except RingClosed:
         pass
     thread.join()
+    if errors:
+        raise errors[0]
     tables = {}
     while not cuts.empty():
         for name, rows in cuts.get().items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from algorithms.rewards import Rewards
+from algorithms.rewards import RewardConfig
 from algorithms.sampling import AGGREGATES
 from fleet.errors import ConfigError
 
@@ -15,7 +15,7 @@ AUTO = "auto"
 
 
 @dataclasses.dataclass
-class ChunkedRlConfig:
+class ChunkedRlConfig(RewardConfig):
     method: str = "q_chunking"
     """``cal_ql`` (CO-RFT), ``q_chunking``, ``q_chunking_distilled`` (QC-FQL), or ``iql``."""
     batch_size: int = 256
@@ -28,18 +28,6 @@ class ChunkedRlConfig:
     cal_ql, all of the others, which choose among what they imitate."""
     fill_ends: bool = True
     """Whether imitated windows that an episode's end cuts are filled with their last action."""
-    reward: str = "success"
-    """What a step is worth: ``environment``, ``success`` or ``steps``, see rewards.py."""
-    discount: float = 0.99
-    """gamma, a step."""
-    reward_scale: float = 1.0
-    """Factor of rewards."""
-    step_cost: float = 0.0
-    """Taken from each step's reward; not with ``steps``."""
-    failure_cost: float = 0.0
-    """Of ``steps``: what a failure costs."""
-    timeouts: str = "bootstrap"
-    """What a failure by time limit is: ``bootstrap`` a cut, ``end`` the end of the task."""
     critic_family: str = AUTO
     """``mlp``: judges whole chunks; ``causal``: every beginning of one too. ``auto``: causal of cal_ql, else mlp."""
     critic: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -96,10 +84,6 @@ class ChunkedRlConfig:
     """Of iql: whether ``beta`` is in units of the advantages' root mean square; false: of the returns, as in the paper."""
     seed: int = 0
     """Of all noise."""
-
-    def rewards(self) -> Rewards:
-        """Raises ConfigError where a setting of the reward is out of its range."""
-        return Rewards(self.reward, self.discount, self.reward_scale, self.step_cost, self.failure_cost, self.timeouts)
 
 
 def check_chunked(config: ChunkedRlConfig, horizon: int) -> None:

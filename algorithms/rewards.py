@@ -191,6 +191,28 @@ class Rewards:
         return -torch.expm1(steps_B * math.log(self.discount)) / (1 - self.discount)
 
 
+@dataclasses.dataclass(kw_only=True)
+class RewardConfig:
+    """The reward's settings in the config of an algorithm, which inherits them."""
+
+    reward: str = "success"
+    """What a step is worth: ``environment``, ``success`` or ``steps``, see rewards.py."""
+    discount: float = 0.99
+    """gamma, by step. HIL-SERL: 0.97."""
+    reward_scale: float = 1.0
+    """Factor of the rewards."""
+    step_cost: float = 0.0
+    """Taken from each step's reward; not with ``steps``."""
+    failure_cost: float = 0.0
+    """Of ``steps``: what a failure costs."""
+    timeouts: str = "bootstrap"
+    """What a failure by time limit is: ``bootstrap`` a cut, what follows has a value; ``end`` the end of the task."""
+
+    def rewards(self) -> Rewards:
+        """Raises ConfigError where a setting is out of its range."""
+        return Rewards(self.reward, self.discount, self.reward_scale, self.step_cost, self.failure_cost, self.timeouts)
+
+
 class RewardWatch:
     """Notices rewards from which nothing can be learnt. Everything it says follows from reduced stats, so all ranks say the
     same; a resumed run begins to watch anew.

@@ -38,7 +38,7 @@ from algorithms.base import NO_FACTS, Batch, DataFacts, LossOutput, Part, genera
 from algorithms.critics import critic_like
 from algorithms.ema import Ema, Target
 from algorithms.policies.base import Chunk
-from algorithms.rewards import Rewards, RewardWatch
+from algorithms.rewards import RewardConfig, RewardWatch
 from algorithms.td import chunk_return
 from algorithms.windows import cut_at_takeover, fill_with_last_action
 from fleet.batch import BatchNeeds, Within
@@ -51,25 +51,13 @@ _TARGET, _ACTOR, _TEMPERATURE, _IMITATION, _SEEN, _SEEN_AFTER, _SUBSET = range(7
 
 
 @dataclasses.dataclass
-class RlpdConfig:
+class RlpdConfig(RewardConfig):
     batch_size: int = 256
     """B of one update, windows; a step draws ``utd`` times as many."""
     utd: int = 4
     """Updates of the critics a step, with one of the policy. RLPD's paper makes 20, HIL-SERL 2."""
     demo_share: float = 0.5
     """Part of the batch that is demonstrations and operators' steps; the rest are the policy's and operators' steps."""
-    reward: str = "success"
-    """What a step is worth: ``environment``, ``success`` or ``steps``, see rewards.py."""
-    discount: float = 0.99
-    """gamma, by step. HIL-SERL: 0.97."""
-    reward_scale: float = 1.0
-    """Factor of the rewards."""
-    step_cost: float = 0.0
-    """Taken from each step's reward."""
-    failure_cost: float = 0.0
-    """Of the reward ``steps``: what a failure costs."""
-    timeouts: str = "bootstrap"
-    """What a failure by time limit is: ``bootstrap`` a cut, what follows has a value; ``end`` the end."""
     num_critics: int = 10
     """K. HIL-SERL: 2."""
     num_targets: int = 2
@@ -117,9 +105,7 @@ class Rlpd:
         _require_density(policy)
         self.config, self._policy, self.advice = config, policy, ""
         self._step = self._update = self._num_steps = 0  # the run's step, its update of the critics, steps made here
-        self._rewards = Rewards(
-            config.reward, config.discount, config.reward_scale, config.step_cost, config.failure_cost, config.timeouts
-        )
+        self._rewards = config.rewards()
         self._watch = RewardWatch(self._rewards)
         self._critic = critic_like(policy.spec, "mlp", {**config.critic, "num_critics": config.num_critics})
         if data.statistics:

@@ -79,7 +79,7 @@ class Part:
     Args:
         make_optimizer: parameters -> torch.optim.Optimizer.
         minibatches: A batch is cut into so many, one update each: row i goes to number ``index_B[i] % minibatches``, so each
-            has its share of every source. Divides the batch size.
+            has its share of every source.
         updates: Updates a step, by the last ones of these minibatches; 0: by all.
         every: Only in steps whose number it divides.
         after_update: Called after each update with whole parameters, for target networks.

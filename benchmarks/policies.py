@@ -1,6 +1,6 @@
 """The policy families: what they learn by behaviour cloning, and how fast they act.
 
-    python -m benchmarks.policies                        # all, about 40 minutes on 2 quiet cores
+    python -m benchmarks.policies                        # all, an hour or more on 2 quiet cores
     python -m benchmarks.policies --only state --families mlp flow
     python -m benchmarks.policies --quick                # all at small counts, in minutes; nothing is saved
 
